@@ -1,0 +1,17 @@
+"""The KL penalty as an instrument, for TRL's stock RLOO trainer."""
+
+from .callbacks import KLPenaltyCallback, MetricsFileCallback, StoryTableCallback
+from .evaluation import Judgement, judge
+from .report import plot_curves
+from .rewards import alliteration_reward
+
+__version__ = "0.1.0"
+__all__ = [
+    "Judgement",
+    "KLPenaltyCallback",
+    "MetricsFileCallback",
+    "StoryTableCallback",
+    "alliteration_reward",
+    "judge",
+    "plot_curves",
+]

@@ -1,0 +1,11 @@
+"""Text to alliteration counts. The study's definition, with the standard library alone."""
+
+
+def count_alliterations(text: str) -> int:
+    """Number of adjacent pairs of whitespace-separated words whose first characters agree after lower-casing.
+
+    `"goose goose duck duck"` has 2, `"duck goose duck"` 0. Punctuation is part of a word, as in the study: `"Tall` and
+    `tall` do not agree.
+    """
+    initials = [word[0].lower() for word in text.split()]
+    return sum(a == b for a, b in zip(initials, initials[1:]))

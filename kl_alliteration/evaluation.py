@@ -1,0 +1,107 @@
+"""Fresh stories from a trained policy, judged: reward, share of different stories, KL to the reference in nats.
+
+Sampling is by temperature alone and the judge is separate from the trainer, so the numbers of two runs compare.
+"""
+
+import statistics
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, set_seed
+
+
+@dataclass
+class Judgement:
+    """What `stories` fresh completions show. KL is the sampled log-ratio (k1); `None` where there is no reference."""
+
+    stories: int
+    reward_mean: float
+    reward_std: float
+    different_share: float
+    mean_length: float  # tokens
+    entropy_per_token: float  # nats
+    kl_per_token: float | None
+    kl_per_sequence: float | None
+    completions: list[str]
+
+    def numbers(self) -> dict:
+        return {name: value for name, value in asdict(self).items() if name != "completions"}
+
+
+@torch.no_grad()
+def _score(model, ids, attention_mask, completion_length: int, temperature: float):
+    """`(logps, entropies)` of the last `completion_length` tokens, (B, T) each, under the sampling temperature."""
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=attention_mask, position_ids=positions).logits
+    log_probs = (logits[:, -completion_length - 1 : -1].float() / temperature).log_softmax(-1)  # (B, T, V)
+    logps = log_probs.gather(-1, ids[:, -completion_length:].unsqueeze(-1)).squeeze(-1)
+    return logps, -(log_probs.exp() * log_probs).sum(-1)
+
+
+@torch.no_grad()
+def judge(
+    model: PreTrainedModel,
+    tokenizer,
+    prompts: list[str],
+    reward,
+    max_new_tokens: int = 100,
+    temperature: float = 1.0,
+    ref_model: PreTrainedModel | None = None,
+    adapter_off_is_reference: bool = False,
+    batch_size: int = 50,
+    seed: int = 0,
+) -> Judgement:
+    """Sample one completion a prompt (text, chat templates already applied) and judge them.
+
+    Args:
+        reward (callable): TRL-shaped, `reward(prompts=..., completions=...) -> list[float]`.
+        ref_model ([`~transformers.PreTrainedModel`], *optional*): The reference policy.
+        adapter_off_is_reference (`bool`): For a `PeftModel`: the base with the adapter off is the reference.
+        seed (`int`): Of the sampling; the random state of the caller is put back afterwards.
+    """
+    training, state = model.training, torch.get_rng_state()
+    model.eval()
+    set_seed(seed)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    texts, rewards, lengths, entropies, kls = [], [], [], [], []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        inputs = tokenizer(batch, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
+        ids = model.generate(**inputs, generation_config=config)
+        width = ids.shape[1] - inputs["input_ids"].shape[1]
+        completion = ids[:, -width:]
+        stops = torch.isin(completion, torch.as_tensor(config.eos_token_id, device=ids.device)).int()
+        mask = (stops.cumsum(-1) - stops) == 0  # (B, T), the end-of-text token itself counts
+        attention_mask = torch.cat([inputs["attention_mask"], mask.long()], dim=1)
+        logps, entropy = _score(model, ids, attention_mask, width, temperature)
+        if ref_model is not None or adapter_off_is_reference:
+            with model.disable_adapter() if adapter_off_is_reference else nullcontext():
+                ref_logps, _ = _score(ref_model or model, ids, attention_mask, width, temperature)
+            kls += ((logps - ref_logps) * mask).sum(-1).tolist()  # (B, T) -> (B,)
+        new = tokenizer.batch_decode(completion.masked_fill(~mask, tokenizer.pad_token_id), skip_special_tokens=True)
+        texts += new
+        rewards += reward(prompts=batch, completions=new)
+        lengths += mask.sum(-1).tolist()
+        entropies.append((entropy * mask).sum().item())
+    model.train(training)
+    torch.set_rng_state(state)
+    return Judgement(
+        stories=len(texts),
+        reward_mean=statistics.fmean(rewards),
+        reward_std=statistics.pstdev(rewards),
+        different_share=len(set(texts)) / len(texts),
+        mean_length=statistics.fmean(lengths),
+        entropy_per_token=sum(entropies) / sum(lengths),
+        kl_per_token=sum(kls) / sum(lengths) if kls else None,
+        kl_per_sequence=statistics.fmean(kls) if kls else None,
+        completions=texts,
+    )

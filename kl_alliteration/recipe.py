@@ -1,0 +1,220 @@
+"""What the recipes share: options and their errors, rewards by dotted path, prompts, fresh stories and their numbers."""
+
+import difflib
+import importlib
+import inspect
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import AutoTokenizer
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import ScriptArguments, TrlParser
+
+from . import kl
+from .story_lm import MODEL_PATH, PROMPT
+
+# TinyStories-33M was trained with this tokenizer and ships none (its model card says so).
+TOKENIZER_OF = {"roneneldan/TinyStories-33M": "EleutherAI/gpt-neo-125M"}
+
+
+@dataclass
+class StoryArguments(ScriptArguments):
+    """Prompts, rewards and the KL penalty of a story recipe; `dataset_name` and its companions are TRL's."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Prompts: a Hub id, a folder or a .json/.jsonl file with a `prompt` column, plain or "
+                  "conversational. Default: the one prompt of --prompt."},
+    )
+    prompt: str = field(default=PROMPT, metadata={"help": "The prompt when no dataset is named."})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer, where it is not the model's own."}
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["kl_alliteration.rewards.alliteration_reward"],
+        metadata={"help": "Rewards by dotted import path, summed (or weighted by --reward_weights)."},
+    )
+    kl_estimator: str = field(default="k1", metadata={"help": f"KL estimator: {', '.join(kl.ESTIMATORS)}."})
+    kl_reduction: str = field(
+        default="sum",
+        metadata={"help": "`sum`: beta is a price per nat of the sequence, as in TRL; `mean`: per nat of a token."},
+    )
+    show_stories_every: int = field(default=30, metadata={"help": "Steps between tables of stories; 0 shows none."})
+    eval_stories: int = field(default=100, metadata={"help": "Fresh stories that are judged before and after."})
+
+
+class RecipeParser(TrlParser):
+    """`TrlParser` with one-line errors, no abbreviated options, and the recipe's own YAML as its defaults."""
+
+    def __init__(self, dataclass_types, defaults: Path, **kwargs):
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self.defaults = defaults
+
+    def parse(self, args: list[str] | None = None):
+        args = list(sys.argv[1:] if args is None else args)
+        for i, arg in enumerate(args):
+            if arg.startswith("--config="):
+                args[i : i + 1] = ["--config", arg.removeprefix("--config=")]
+        if "--config" not in args and self.defaults.is_file():
+            args = ["--config", str(self.defaults), *args]
+        if args.index("--config") + 1 == len(args):
+            raise ValueError("--config needs the path of a YAML file")
+        *parsed, unknown = self.parse_args_and_config(args, return_remaining_strings=True)
+        for option in unknown:
+            name = option.split("=")[0]
+            if name.startswith("-"):
+                known = [o for action in self._actions for o in action.option_strings]
+                close = difflib.get_close_matches(name, known, n=1)
+                remedy = f"did you mean {close[0]}?" if close else "see --help for all options"
+                raise ValueError(f"unknown option {name}; {remedy}")
+        if unknown:
+            raise ValueError(f"unexpected argument {unknown[0]!r}; options start with --")
+        return parsed
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def one_line_errors(main):
+    """A user's mistake becomes one line on standard error and exit status 2; anything else keeps its traceback."""
+
+    @wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except (ValueError, OSError, ImportError, TypeError) as error:
+            if os.environ.get("KL_ALLITERATION_TRACEBACK"):
+                raise
+            message = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+            print(f"error: {message}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapped
+
+
+def check_options(args: StoryArguments, training_args, model_args) -> None:
+    """Everything that can be refused before a model is loaded, and before anything is written."""
+    kl.check_choice("kl_estimator", args.kl_estimator, kl.ESTIMATORS)
+    kl.check_choice("kl_reduction", args.kl_reduction, kl.REDUCTIONS)
+    if not training_args.beta >= 0 or math.isinf(training_args.beta):
+        raise ValueError(f"beta must be >= 0 and finite, got {training_args.beta}; 0 trains without a penalty")
+    if args.eval_stories < 1:
+        raise ValueError(f"eval_stories must be >= 1, got {args.eval_stories}")
+    if args.show_stories_every < 0:
+        raise ValueError(f"show_stories_every must be >= 0, got {args.show_stories_every}; 0 shows none")
+    path = model_args.model_name_or_path
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_local and not Path(path).is_dir():
+        raise ValueError(f"model_name_or_path: there is no folder {path!r}; name a folder or a Hub id such as user/model")
+    if training_args.push_to_hub:
+        from huggingface_hub import whoami
+
+        try:
+            whoami(token=training_args.hub_token)
+        except Exception as error:
+            raise ValueError(
+                f"push_to_hub: no valid login at the Hub ({type(error).__name__}); run `hf auth login`, or leave the option out"
+            ) from None
+
+
+def choose_precision(argv: list[str], training_args) -> None:
+    """bf16 where the GPU has it, else float32; what the user asked for stays."""
+    asked = any(a.split("=")[0] in ("--bf16", "--no_bf16", "--fp16") for a in argv)
+    if not asked and not training_args.fp16:
+        training_args.bf16 = not training_args.use_cpu and is_torch_bf16_gpu_available()
+
+
+def load_tokenizer(args: StoryArguments, model_args, training_args):
+    name = args.tokenizer_name_or_path or TOKENIZER_OF.get(model_args.model_name_or_path, model_args.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, padding_side="left", trust_remote_code=training_args.trust_remote_code
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_prompts(args: StoryArguments) -> Dataset:
+    """The prompts to train on; a single prompt is repeated so that every batch can be filled."""
+    if args.dataset_name is None:
+        if not args.prompt.strip():
+            raise ValueError("prompt must not be empty; leave the option out for 'Once upon a time'")
+        return Dataset.from_dict({"prompt": [args.prompt] * 1_000})
+    name = args.dataset_name
+    if name.endswith((".json", ".jsonl")):
+        if not Path(name).is_file():
+            raise ValueError(f"dataset_name: there is no file {name!r}")
+        dataset = load_dataset("json", data_files=name, split="train")
+    else:
+        dataset = load_dataset(name, name=args.dataset_config, split=args.dataset_train_split)
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"dataset_name: {name!r} has no column `prompt`, only {', '.join(dataset.column_names)}")
+    if len(dataset) == 0 or any(not prompt for prompt in dataset["prompt"]):
+        raise ValueError(f"dataset_name: {name!r} holds an empty prompt; every row needs some text to go on from")
+    return dataset
+
+
+class CheckedReward:
+    """A reward function that stops the run when it returns the wrong number of rewards or one that is no number.
+
+    `None` stays allowed: in TRL it means that the reward does not apply to a completion.
+    """
+
+    def __init__(self, function, path: str):
+        self.function, self.path, self.__name__ = function, path, getattr(function, "__name__", type(function).__name__)
+
+    def __call__(self, prompts, completions, **kwargs):
+        rewards = list(self.function(prompts=prompts, completions=completions, **kwargs))
+        if len(rewards) != len(completions):
+            raise ValueError(f"reward_funcs: {self.path} returned {len(rewards)} rewards for {len(completions)} completions")
+        for reward, completion in zip(rewards, completions, strict=True):
+            if reward is not None and not math.isfinite(reward):
+                raise ValueError(f"reward_funcs: {self.path} returned {reward} for {str(completion)[:60]!r}")
+        return rewards
+
+
+def load_rewards(paths: list[str]) -> list:
+    """Import reward functions by dotted path, `package.module.function`, the working directory included."""
+    rewards = []
+    for path in paths:
+        module_name, _, name = path.rpartition(".")
+        if not module_name:
+            raise ValueError(f"reward_funcs: {path!r} is no dotted path such as package.module.function")
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            function = getattr(importlib.import_module(module_name), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"reward_funcs: cannot import {path!r}: {error}") from None
+        if not callable(function):
+            raise ValueError(f"reward_funcs: {path!r} is a {type(function).__name__}, not a function")
+        is_async = inspect.iscoroutinefunction(function)
+        rewards.append(function if is_async else CheckedReward(function, path))
+    return rewards
+
+
+def parse_recipe(parser: RecipeParser, argv: list[str] | None = None):
+    """`(StoryArguments, RLOOConfig, ModelConfig)` of a recipe, with the embedded model and this device's precision."""
+    args, training_args, model_args = parser.parse(argv)
+    model_args.model_name_or_path = model_args.model_name_or_path or str(MODEL_PATH)
+    choose_precision(sys.argv[1:] if argv is None else argv, training_args)
+    return args, training_args, model_args
+
+
+def total_reward(trainer):
+    """The trainer's synchronous reward functions, weighted and summed as TRL sums them: for judging fresh stories."""
+    weights = trainer.reward_weights.tolist()
+    pairs = [(f, w) for f, w in zip(trainer.reward_funcs, weights, strict=True) if isinstance(f, CheckedReward)]
+
+    def reward(prompts, completions) -> list[float]:
+        columns = [(function(prompts, completions), weight) for function, weight in pairs]
+        return [sum(w * (values[i] or 0.0) for values, w in columns) for i in range(len(completions))]
+
+    return reward

@@ -1,0 +1,125 @@
+"""Teach a story model to alliterate with TRL's RLOO and a KL penalty.
+
+    accelerate launch recipes/rloo_tall_tree.py                # the embedded model, the middle of the study
+    accelerate launch recipes/rloo_tall_tree.py --beta 0       # no penalty: the collapse
+    accelerate launch recipes/rloo_tall_tree.py --use_peft     # a LoRA adapter; the reference is the base
+
+Every option of TRL's `RLOOConfig` and `ModelConfig` works here; `rloo_tall_tree.yaml` holds the defaults, `--config`
+takes another file. Into the output directory go the model or adapter, `curves.png`, `metrics.jsonl`, `stories.md` and
+`summary.json`.
+"""
+
+import json
+import time
+from pathlib import Path
+
+from datasets.utils.logging import disable_progress_bar
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from trl import ModelConfig, RLOOConfig, RLOOTrainer, get_peft_config, get_quantization_config
+from trl.data_utils import maybe_apply_chat_template
+
+from kl_alliteration import KLPenaltyCallback, MetricsFileCallback, StoryTableCallback, judge, plot_curves
+from kl_alliteration.recipe import (
+    RecipeParser,
+    StoryArguments,
+    check_options,
+    load_prompts,
+    load_rewards,
+    load_tokenizer,
+    one_line_errors,
+    parse_recipe,
+    total_reward,
+)
+
+
+def build_trainer(args: StoryArguments, training_args: RLOOConfig, model_args: ModelConfig) -> RLOOTrainer:
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = RLOOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=load_rewards(args.reward_funcs),
+        args=training_args,
+        train_dataset=load_prompts(args),
+        processing_class=load_tokenizer(args, model_args, training_args),
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.add_callback(KLPenaltyCallback(trainer, args.kl_estimator, args.kl_reduction))
+    trainer.add_callback(MetricsFileCallback(trainer, Path(training_args.output_dir, "metrics.jsonl")))
+    if args.show_stories_every:
+        trainer.add_callback(StoryTableCallback(trainer, args.show_stories_every))
+    return trainer
+
+
+def judge_policy(trainer: RLOOTrainer, args: StoryArguments, model_args: ModelConfig):
+    """Fresh stories from the policy as it is now; every process judges the same ones."""
+    rows = trainer.train_dataset.select(range(min(args.eval_stories, len(trainer.train_dataset))))
+    prompts = [maybe_apply_chat_template({"prompt": p}, trainer.processing_class)["prompt"] for p in rows["prompt"]]
+    prompts = (prompts * args.eval_stories)[: args.eval_stories]
+    return judge(
+        trainer.accelerator.unwrap_model(trainer.model),
+        trainer.processing_class,
+        prompts,
+        total_reward(trainer),
+        max_new_tokens=trainer.args.max_completion_length,
+        temperature=trainer.args.temperature,
+        ref_model=trainer.ref_model,
+        adapter_off_is_reference=model_args.use_peft,
+    )
+
+
+def show(prompt: str, before, after, folder: Path) -> None:
+    """The numbers and a few stories before and after, on the screen and as `stories.md`."""
+    names = ("reward_mean", "different_share", "entropy_per_token", "kl_per_token", "kl_per_sequence", "mean_length")
+    table = Table(title=f"{after.stories} fresh stories")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="right" if column else "left")
+    for name in names:
+        values = [getattr(judgement, name) for judgement in (before, after)]
+        table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in values))
+    console = Console()
+    console.print(table)
+    lines = []
+    for heading, judgement in (("Before", before), ("After", after)):
+        lines += [f"## {heading}", ""] + [f"> {prompt}{text}\n" for text in judgement.completions[:5]]
+        console.print(Text(f"\n{heading}", style="bold"))
+        for text in judgement.completions[:3]:
+            console.print(Text(f"{prompt}{text}\n"))
+    Path(folder, "stories.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+@one_line_errors
+def main():
+    start = time.time()
+    parser = RecipeParser((StoryArguments, RLOOConfig, ModelConfig), defaults=Path(__file__).with_suffix(".yaml"))
+    args, training_args, model_args = parse_recipe(parser)
+    check_options(args, training_args, model_args)
+    disable_progress_bar()
+    trainer = build_trainer(args, training_args, model_args)
+    before = judge_policy(trainer, args, model_args)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    after = judge_policy(trainer, args, model_args)
+
+    folder = Path(training_args.output_dir)
+    trainer.save_model(training_args.output_dir)
+    if trainer.is_world_process_zero():
+        shown = args.prompt if args.dataset_name is None else ""
+        show(shown, before, after, folder)
+        title = f"{Path(model_args.model_name_or_path).name}: beta {training_args.beta:g}, {args.kl_estimator}"
+        plot_curves(trainer.state.log_history, folder / "curves.png", title, before.reward_mean)
+        summary = {"before": before.numbers(), "after": after.numbers(), "seconds": round(time.time() - start, 1)}
+        Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        print(f"{summary['seconds']:.0f} s. Model, curves.png, stories.md, metrics.jsonl, summary.json: {folder}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()
