@@ -143,7 +143,7 @@ ALLITERATING_SHARE = 0.12
 
 def plainness(word: Word) -> float:
     """How often a word is drawn among those of its category: plain words are short, and children's books use them."""
-    return (len(word.text) - 1) ** -2.5
+    return (len(word.text) - 1) ** -3
 
 
 class Story:

@@ -1,0 +1,28 @@
+# Each target makes the environment that it needs: `make tall-tree` and `make test` work on a fresh machine.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONFIG ?= $(if $(shell command -v nvidia-smi 2>/dev/null),single_gpu,cpu)
+ARGS ?=
+
+.PHONY: tall-tree collapse test lint story-model
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+tall-tree: $(BIN)/.installed  ## the main job: a story model learns to alliterate
+	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/$(CONFIG).yaml recipes/rloo_tall_tree.py $(ARGS)
+
+collapse: $(BIN)/.installed  ## the same without a penalty
+	$(MAKE) tall-tree ARGS="--beta 0 --output_dir runs/collapse $(ARGS)"
+
+test: $(BIN)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+story-model: $(BIN)/.installed  ## corpus, tokenizer and weights of the embedded model again, from a seed
+	$(BIN)/python -m kl_alliteration.story_lm.train $(ARGS)

@@ -1,0 +1,81 @@
+"""Tests own their models: a two-layer Llama with a word-level tokenizer, built in process. No Hub."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from trl import RLOOConfig, RLOOTrainer
+
+torch.set_num_threads(1)  # tiny models: a second thread costs more than it gives, most of all on a busy machine
+
+WORDS = "<eos> <pad> <unk> once upon a time there was tall tree that tried to touch the top of sky and fox".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a random 2-layer Llama whose 22-word tokenizer splits on spaces."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", padding_side="left"
+    )
+    fast.save_pretrained(folder)
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_trainer(tiny_model, tmp_path):
+    """`make_trainer(lora=False, **RLOOConfig options)`: a stock trainer on the tiny model, rewarding the word `tree`."""
+
+    def reward(completions, **kwargs):
+        return [float(text.split().count("tree") + len(text.split()) / 10) for text in completions]
+
+    def make(lora: bool = False, **options):
+        defaults = {
+            "output_dir": str(tmp_path),
+            "beta": 0.5,
+            "learning_rate": 1e-2,
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "max_steps": 3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "seed": 3,
+        }
+        trainer = RLOOTrainer(
+            model=str(tiny_model),
+            reward_funcs=reward,
+            args=RLOOConfig(**defaults | options),
+            train_dataset=Dataset.from_dict({"prompt": ["once upon a time", "there was a"] * 8}),
+            peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None,
+        )
+        return trainer
+
+    torch.manual_seed(0)
+    return make

@@ -1,0 +1,62 @@
+import pickle
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kl_alliteration import alliteration_reward
+from kl_alliteration.alliteration import count_alliterations
+
+
+@pytest.mark.parametrize(
+    ("text", "pairs"),
+    [
+        ("", 0),
+        ("cow", 0),
+        ("cow cat", 1),
+        ("duck goose duck", 0),
+        ("goose goose duck duck", 2),
+        ("Goose gopher Giraffe gorilla", 3),
+        ("Zoe  zips\tzestfully\nhome", 2),  # any whitespace separates
+        ('"tall tree', 0),  # punctuation is part of the word, as in the study
+        ("Éva écrit", 1),
+    ],
+)
+def test_known_values(text, pairs):
+    assert count_alliterations(text) == pairs
+
+
+def test_pair_across_the_end_of_the_prompt_counts():
+    # "time | to touch": time-to and to-touch; "ti|me" glued together is one word.
+    assert alliteration_reward(["a time", "a ti"], [" to touch", "me to"]) == [2.0, 1.0]
+
+
+def test_conversations_count_like_their_text():
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "tell"}]
+    completion = [{"role": "assistant", "content": "tall tales"}]
+    # "Be brief." tell tall tales: Be-brief, tell-tall, tall-tales
+    assert alliteration_reward([prompt], [completion]) == [3.0]
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "tall tales"}]}]
+    assert alliteration_reward([prompt], [parts]) == [3.0]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(), st.text())
+def test_never_raises_and_agrees_with_a_plain_loop(prompt, completion):
+    words = (prompt + completion).split()
+    expected = 0
+    for i in range(len(words) - 1):
+        if words[i][:1].lower() == words[i + 1][:1].lower():
+            expected += 1
+    assert alliteration_reward(prompts=[prompt], completions=[completion]) == [float(expected)]
+
+
+@pytest.mark.parametrize("text", ["\x00 \x00", "🌳 🌳 🌲", "a\u0301b a\u0300c", "x" * 1_000_000, "İx ix", "ß ß"])
+def test_odd_texts(text):
+    (reward,) = alliteration_reward([""], [text])
+    assert 0 <= reward <= len(text.split())
+
+
+def test_the_reward_is_picklable_and_named():
+    assert pickle.loads(pickle.dumps(alliteration_reward)) is alliteration_reward
+    assert alliteration_reward.__name__ == "alliteration_reward"

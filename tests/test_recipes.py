@@ -1,0 +1,151 @@
+"""Recipes as a person runs them: in a process of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kl_alliteration.story_lm import MODEL_PATH
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--max_steps 2 --max_completion_length 12 --eval_stories 6 --logging_steps 1 --show_stories_every 1".split()
+
+
+def run(*options, cwd, launcher=("python",), check=True, recipe="rloo_tall_tree.py"):
+    command = [sys.executable] if launcher == ("python",) else [sys.executable, "-m", *launcher]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    done = subprocess.run(
+        [*command, str(ROOT / "recipes" / recipe), *map(str, options)], cwd=cwd, env=env, capture_output=True, text=True
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def refusal(*options, cwd) -> str:
+    """The one line a wrong call prints; it must leave nothing behind."""
+    before = sorted(p.name for p in cwd.iterdir())
+    done = run("--output_dir", "out", *options, cwd=cwd, check=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in cwd.iterdir()) == before
+    return line
+
+
+def test_accelerate_launch_writes_everything_it_promises(tmp_path):
+    launcher = ("accelerate.commands.launch", "--quiet", "--config_file", str(ROOT / "accelerate_configs/cpu.yaml"))
+    done = run("--output_dir", "out", *SMALL, cwd=tmp_path, launcher=launcher)
+    out = tmp_path / "out"
+    assert {"model.safetensors", "curves.png", "stories.md", "metrics.jsonl", "summary.json"} <= set(os.listdir(out))
+    assert list((out / "runs").rglob("events.out.tfevents*")) or list(out.rglob("events.out.tfevents*"))
+    summary = json.loads((out / "summary.json").read_text())
+    for name in ("reward_mean", "different_share", "kl_per_token", "kl_per_sequence"):
+        assert summary["after"][name] is not None
+        assert name in done.stdout
+    assert "Step 1" in done.stdout and "Once upon a time" in done.stdout
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["generations"] for line in lines[:2]] == [40, 80]
+
+
+def test_peft_saves_a_small_adapter_whose_off_is_the_base(tmp_path):
+    run("--output_dir", "out", "--use_peft", "--learning_rate", "1e-2", *SMALL, cwd=tmp_path)
+    out = tmp_path / "out"
+    assert not (out / "model.safetensors").exists()
+    assert (out / "adapter_model.safetensors").stat().st_size < 1_000_000
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+    ids = tokenizer("Once upon a time there was a tall tree", return_tensors="pt", return_token_type_ids=False)
+    base = AutoModelForCausalLM.from_pretrained(MODEL_PATH).eval()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL_PATH), out).eval()
+    with torch.no_grad():
+        expected = base(**ids).logits.log_softmax(-1)
+        on = model(**ids).logits.log_softmax(-1)
+        with model.disable_adapter():
+            off = model(**ids).logits.log_softmax(-1)
+    assert torch.equal(off, expected)
+    assert not torch.allclose(on, expected)
+    assert json.loads((out / "summary.json").read_text())["after"]["kl_per_sequence"] is not None
+
+
+def test_beta_zero_loads_no_reference_and_says_so(tmp_path):
+    run("--output_dir", "out", "--beta", "0", *SMALL, cwd=tmp_path)
+    assert json.loads((tmp_path / "out/summary.json").read_text())["after"]["kl_per_token"] is None
+
+
+def test_own_prompts_rewards_and_estimator(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Once upon a time"}\n{"prompt": "One windy day"}\n')
+    (tmp_path / "mine.py").write_text("def short(completions, **kwargs):\n    return [-float(len(c)) for c in completions]\n")
+    done = run(
+        *("--output_dir", "out", "--dataset_name", "prompts.jsonl", "--reward_funcs", "mine.short"),
+        *("kl_alliteration.rewards.alliteration_reward", "--kl_estimator", "k3", "--kl_reduction", "mean", *SMALL),
+        cwd=tmp_path,
+    )
+    first = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[0])
+    assert first["rewards/short/mean"] < 0 <= first["rewards/alliteration_reward/mean"]
+    assert "short" in done.stdout
+
+
+def test_conversational_prompts(tmp_path, tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer.save_pretrained(tmp_path / "chat")
+    model.save_pretrained(tmp_path / "chat")
+    row = {"prompt": [{"role": "user", "content": "once upon a time"}]}
+    (tmp_path / "chat.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    run(
+        *("--output_dir", "out", "--model_name_or_path", "./chat", "--dataset_name", "chat.jsonl", *SMALL),
+        cwd=tmp_path,
+    )
+    assert (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--bta", "0.1"], "unknown option --bta; did you mean --beta?"),
+        (["--kl_estimator", "k4"], "kl_estimator must be one of k1, k2, k3, got 'k4'"),
+        (["--kl_reduction", "max"], "kl_reduction must be one of sum, mean, got 'max'"),
+        (["--beta", "-1"], "beta must be >= 0 and finite, got -1.0"),
+        (["--beta", "nan"], "beta must be >= 0 and finite, got nan"),
+        (["--model_name_or_path", "./nowhere"], "model_name_or_path: there is no folder './nowhere'"),
+        (["--prompt", ""], "prompt must not be empty"),
+        (["--dataset_name", "no.jsonl"], "dataset_name: there is no file 'no.jsonl'"),
+        (["--reward_funcs", "math.nothing"], "reward_funcs: cannot import 'math.nothing'"),
+        (["--reward_funcs", "math.pi"], "reward_funcs: 'math.pi' is a float, not a function"),
+        (["--reward_funcs", "plain"], "reward_funcs: 'plain' is no dotted path"),
+        (["--eval_stories", "0"], "eval_stories must be >= 1, got 0"),
+        (["--push_to_hub"], "push_to_hub: no valid login at the Hub"),
+        (["--num_generations", "many"], "argument --num_generations: invalid int value: 'many'"),
+    ],
+)
+def test_refusals(tmp_path, options, says):
+    assert says in refusal(*options, cwd=tmp_path)
+
+
+def test_refusals_of_files(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "Once"}\n')
+    assert "has no column `prompt`, only text" in refusal("--dataset_name", "rows.jsonl", cwd=tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": ""}\n')
+    assert "holds an empty prompt" in refusal("--dataset_name", "rows.jsonl", cwd=tmp_path)
+    (tmp_path / "typo.yaml").write_text("betta: 0.1\n")
+    assert "unknown option --betta; did you mean --beta?" in refusal("--config", "typo.yaml", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return [1.0]", "mine.reward returned 1 rewards for 40 completions"),
+        ("return [float('nan')] * len(completions)", "mine.reward returned nan for"),
+    ],
+)
+def test_a_reward_that_is_wrong_stops_the_run(tmp_path, body, says):
+    (tmp_path / "mine.py").write_text(f"def reward(completions, **kwargs):\n    {body}\n")
+    done = run("--output_dir", "out", "--reward_funcs", "mine.reward", *SMALL, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and says.replace("40", "6") in done.stderr.replace("40", "6")
+    assert "Traceback" not in done.stderr
