@@ -1,6 +1,6 @@
 """The KL penalty as an instrument, for TRL's stock RLOO trainer."""
 
-from .callbacks import KLPenaltyCallback, MetricsFileCallback, StoryTableCallback
+from .callbacks import KLPenaltyCallback, MetricsFileCallback, StoryProgressCallback, StoryTableCallback
 from .evaluation import Judgement, judge
 from .report import plot_curves
 from .rewards import alliteration_reward
@@ -10,6 +10,7 @@ __all__ = [
     "Judgement",
     "KLPenaltyCallback",
     "MetricsFileCallback",
+    "StoryProgressCallback",
     "StoryTableCallback",
     "alliteration_reward",
     "judge",

@@ -3,8 +3,8 @@
 What is leaned on, each guarded by `tests/test_trl_seam.py`:
 
 - `_generate_and_score_completions(inputs)` makes one generation batch. Inside it `_get_per_token_logps_and_entropies`
-  is called for the policy and then, if `beta != 0`, for the reference; nothing else calls it there. Its first result is
-  `logps` (B, T), its third and fourth positional arguments are `attention_mask` (B, P + T) and `logits_to_keep` = T.
+  is called for the policy and then, if `beta != 0`, for the reference; nothing else calls it there. Its first result
+  is `logps` (B, T); its third and fourth positional arguments are `attention_mask` (B, P + T) and `logits_to_keep`, T.
 - the penalty is `beta * ((logps - ref_logps) * completion_mask).sum(-1)`, subtracted from the reward.
 - `_metrics[mode]["kl"]` holds one mean log-ratio per generation batch, averaged at the next log.
 - `_logs` holds the last generation batch: `prompt`, `completion`, `rewards` by name.
@@ -40,8 +40,8 @@ def check_trainer(trainer) -> None:
     missing = [name for name in METHODS + ATTRIBUTES if not hasattr(trainer, name)]
     if missing:
         raise RuntimeError(
-            f"{type(trainer).__name__} of trl {trl.__version__} has no {', '.join(missing)}; kl_alliteration was written "
-            f"against trl {READ_FROM}'s RLOOTrainer: install that version or a newer kl_alliteration"
+            f"{type(trainer).__name__} of trl {trl.__version__} has no {', '.join(missing)}; kl_alliteration was "
+            f"written against trl {READ_FROM}'s RLOOTrainer: install that version or a newer kl_alliteration"
         )
 
 
@@ -72,8 +72,8 @@ class RolloutSeam:
             expected = 1 if trainer.beta == 0 else 2
             if len(self._logps_calls) != expected:
                 raise RuntimeError(
-                    f"trl {trl.__version__} asked for log-probabilities {len(self._logps_calls)} times in a generation "
-                    f"batch, expected {expected}: kl_alliteration was written against trl {READ_FROM}"
+                    f"trl {trl.__version__} asked for log-probabilities {len(self._logps_calls)} times in a "
+                    f"generation batch, expected {expected}: kl_alliteration was written against trl {READ_FROM}"
                 )
         finally:
             self._logps_calls = None
@@ -118,9 +118,8 @@ def rollout_seam(trainer) -> RolloutSeam:
 def last_completions(trainer) -> tuple[list, list, dict[str, list[float]]]:
     """`(prompts, completions, rewards by function name)` of the last generation batch, over all processes."""
     logs = trainer._logs
-    return list(logs["prompt"]), list(logs["completion"]), {name: list(values) for name, values in logs["rewards"].items()}
-
-
-def add_metric(trainer, name: str, value: float) -> None:
-    """Log `value` beside TRL's own metrics: averaged over the logging step."""
-    trainer._metrics["train" if trainer.model.training else "eval"][name].append(value)
+    return (
+        list(logs["prompt"]),
+        list(logs["completion"]),
+        {name: list(values) for name, values in logs["rewards"].items()},
+    )

@@ -1,5 +1,7 @@
 """Text to alliteration counts. The study's definition, with the standard library alone."""
 
+from itertools import pairwise
+
 
 def count_alliterations(text: str) -> int:
     """Number of adjacent pairs of whitespace-separated words whose first characters agree after lower-casing.
@@ -8,4 +10,4 @@ def count_alliterations(text: str) -> int:
     `tall` do not agree.
     """
     initials = [word[0].lower() for word in text.split()]
-    return sum(a == b for a, b in zip(initials, initials[1:]))
+    return sum(a == b for a, b in pairwise(initials))

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from . import kl
 from ._trl import Rollout, last_completions, rollout_seam
@@ -25,8 +25,8 @@ class KLPenaltyCallback(TrainerCallback):
         trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
         kl_estimator (`str`, *optional*, defaults to `"k1"`): `"k1"`, `"k2"` or `"k3"`, see [`kl`].
         kl_reduction (`str`, *optional*, defaults to `"sum"`):
-            `"sum"`: beta is a price per nat of the sequence, as in TRL. `"mean"`: per nat of a token, which with `"k1"`
-            is the study's difference of mean cross-entropies.
+            `"sum"`: beta is a price per nat of the sequence, as in TRL. `"mean"`: per nat of a token, which with
+            `"k1"` is the study's difference of mean cross-entropies.
 
     Example:
 
@@ -73,6 +73,17 @@ class MetricsFileCallback(TrainerCallback):
         entry["beta"] = self.trainer.beta
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+class StoryProgressCallback(ProgressCallback):
+    """The progress bar of transformers, with reward and KL at its end in place of a dictionary a log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None:
+            shown = {"reward": "reward", "kl": "KL/token", "entropy": "entropy"}
+            values = {label: f"{logs[name]:.2f}" for name, label in shown.items() if logs.get(name) is not None}
+            if values:
+                self.training_bar.set_postfix(values)
 
 
 class StoryTableCallback(TrainerCallback):

@@ -19,6 +19,7 @@ class Judgement:
     reward_mean: float
     reward_std: float
     different_share: float
+    ended_share: float  # of completions that reached an end of text before `max_new_tokens`
     mean_length: float  # tokens
     entropy_per_token: float  # nats
     kl_per_token: float | None
@@ -72,7 +73,7 @@ def judge(
         eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    texts, rewards, lengths, entropies, kls = [], [], [], [], []
+    texts, rewards, lengths, entropies, kls, ended = [], [], [], [], [], 0
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         inputs = tokenizer(batch, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
@@ -91,6 +92,7 @@ def judge(
         texts += new
         rewards += reward(prompts=batch, completions=new)
         lengths += mask.sum(-1).tolist()
+        ended += int(stops.any(-1).sum())
         entropies.append((entropy * mask).sum().item())
     model.train(training)
     torch.set_rng_state(state)
@@ -99,6 +101,7 @@ def judge(
         reward_mean=statistics.fmean(rewards),
         reward_std=statistics.pstdev(rewards),
         different_share=len(set(texts)) / len(texts),
+        ended_share=ended / len(texts),
         mean_length=statistics.fmean(lengths),
         entropy_per_token=sum(entropies) / sum(lengths),
         kl_per_token=sum(kls) / sum(lengths) if kls else None,

@@ -1,8 +1,8 @@
 """KL estimators and their reductions: free functions on tensors.
 
-Notation: B completions, T completion tokens. `ref_log_ratio = logps - ref_logps` (B, T) is the log-ratio of the sampled
-tokens to the reference policy; its mean over samples of the policy is KL(policy || reference). `completion_mask`
-(B, T), 1 = counted. Everything is in nats.
+Notation: B completions, T completion tokens. `ref_log_ratio = logps - ref_logps` (B, T) is the log-ratio of the
+sampled tokens to the reference policy; its mean over samples of the policy is KL(policy || reference).
+`completion_mask` (B, T), 1 = counted. Everything is in nats.
 
 Estimators after Schulman, "Approximating KL Divergence" (2020, http://joschu.net/blog/kl-approx.html). To add one,
 write a function of `ref_log_ratio` and put it into `ESTIMATORS`.

@@ -1,4 +1,4 @@
-"""What the recipes share: options and their errors, rewards by dotted path, prompts, fresh stories and their numbers."""
+"""What the recipes share: options and their errors, rewards by dotted path, prompts."""
 
 import difflib
 import importlib
@@ -7,11 +7,10 @@ import math
 import os
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 
-import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 from transformers.utils import is_torch_bf16_gpu_available
@@ -30,8 +29,10 @@ class StoryArguments(ScriptArguments):
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Prompts: a Hub id, a folder or a .json/.jsonl file with a `prompt` column, plain or "
-                  "conversational. Default: the one prompt of --prompt."},
+        metadata={
+            "help": "Prompts: a Hub id, a folder or a .json/.jsonl file with a `prompt` column, plain or "
+            "conversational. Default: the one prompt of --prompt."
+        },
     )
     prompt: str = field(default=PROMPT, metadata={"help": "The prompt when no dataset is named."})
     tokenizer_name_or_path: str | None = field(
@@ -112,7 +113,9 @@ def check_options(args: StoryArguments, training_args, model_args) -> None:
     path = model_args.model_name_or_path
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if looks_local and not Path(path).is_dir():
-        raise ValueError(f"model_name_or_path: there is no folder {path!r}; name a folder or a Hub id such as user/model")
+        raise ValueError(
+            f"model_name_or_path: there is no folder {path!r}; name a folder or a Hub id such as user/model"
+        )
     if training_args.push_to_hub:
         from huggingface_hub import whoami
 
@@ -120,7 +123,8 @@ def check_options(args: StoryArguments, training_args, model_args) -> None:
             whoami(token=training_args.hub_token)
         except Exception as error:
             raise ValueError(
-                f"push_to_hub: no valid login at the Hub ({type(error).__name__}); run `hf auth login`, or leave the option out"
+                f"push_to_hub: no valid login at the Hub ({type(error).__name__}); run `hf auth login`, "
+                "or leave the option out"
             ) from None
 
 
@@ -132,7 +136,9 @@ def choose_precision(argv: list[str], training_args) -> None:
 
 
 def load_tokenizer(args: StoryArguments, model_args, training_args):
-    name = args.tokenizer_name_or_path or TOKENIZER_OF.get(model_args.model_name_or_path, model_args.model_name_or_path)
+    name = args.tokenizer_name_or_path or TOKENIZER_OF.get(
+        model_args.model_name_or_path, model_args.model_name_or_path
+    )
     tokenizer = AutoTokenizer.from_pretrained(
         name, padding_side="left", trust_remote_code=training_args.trust_remote_code
     )
@@ -168,12 +174,18 @@ class CheckedReward:
     """
 
     def __init__(self, function, path: str):
-        self.function, self.path, self.__name__ = function, path, getattr(function, "__name__", type(function).__name__)
+        self.function, self.path, self.__name__ = (
+            function,
+            path,
+            getattr(function, "__name__", type(function).__name__),
+        )
 
     def __call__(self, prompts, completions, **kwargs):
         rewards = list(self.function(prompts=prompts, completions=completions, **kwargs))
         if len(rewards) != len(completions):
-            raise ValueError(f"reward_funcs: {self.path} returned {len(rewards)} rewards for {len(completions)} completions")
+            raise ValueError(
+                f"reward_funcs: {self.path} returned {len(rewards)} rewards for {len(completions)} completions"
+            )
         for reward, completion in zip(rewards, completions, strict=True):
             if reward is not None and not math.isfinite(reward):
                 raise ValueError(f"reward_funcs: {self.path} returned {reward} for {str(completion)[:60]!r}")

@@ -17,10 +17,18 @@ from datasets.utils.logging import disable_progress_bar
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import ProgressCallback
 from trl import ModelConfig, RLOOConfig, RLOOTrainer, get_peft_config, get_quantization_config
 from trl.data_utils import maybe_apply_chat_template
 
-from kl_alliteration import KLPenaltyCallback, MetricsFileCallback, StoryTableCallback, judge, plot_curves
+from kl_alliteration import (
+    KLPenaltyCallback,
+    MetricsFileCallback,
+    StoryProgressCallback,
+    StoryTableCallback,
+    judge,
+    plot_curves,
+)
 from kl_alliteration.recipe import (
     RecipeParser,
     StoryArguments,
@@ -52,6 +60,9 @@ def build_trainer(args: StoryArguments, training_args: RLOOConfig, model_args: M
     )
     trainer.add_callback(KLPenaltyCallback(trainer, args.kl_estimator, args.kl_reduction))
     trainer.add_callback(MetricsFileCallback(trainer, Path(training_args.output_dir, "metrics.jsonl")))
+    if not training_args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(StoryProgressCallback())
     if args.show_stories_every:
         trainer.add_callback(StoryTableCallback(trainer, args.show_stories_every))
     return trainer

@@ -45,7 +45,7 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture
 def make_trainer(tiny_model, tmp_path):
-    """`make_trainer(lora=False, **RLOOConfig options)`: a stock trainer on the tiny model, rewarding the word `tree`."""
+    """`make_trainer(lora=False, **RLOOConfig options)`: a stock trainer on the tiny model."""
 
     def reward(completions, **kwargs):
         return [float(text.split().count("tree") + len(text.split()) / 10) for text in completions]

@@ -21,7 +21,11 @@ def run(*options, cwd, launcher=("python",), check=True, recipe="rloo_tall_tree.
     command = [sys.executable] if launcher == ("python",) else [sys.executable, "-m", *launcher]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     done = subprocess.run(
-        [*command, str(ROOT / "recipes" / recipe), *map(str, options)], cwd=cwd, env=env, capture_output=True, text=True
+        [*command, str(ROOT / "recipes" / recipe), *map(str, options)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
@@ -79,7 +83,9 @@ def test_beta_zero_loads_no_reference_and_says_so(tmp_path):
 
 def test_own_prompts_rewards_and_estimator(tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Once upon a time"}\n{"prompt": "One windy day"}\n')
-    (tmp_path / "mine.py").write_text("def short(completions, **kwargs):\n    return [-float(len(c)) for c in completions]\n")
+    (tmp_path / "mine.py").write_text(
+        "def short(completions, **kwargs):\n    return [-float(len(c)) for c in completions]\n"
+    )
     done = run(
         *("--output_dir", "out", "--dataset_name", "prompts.jsonl", "--reward_funcs", "mine.short"),
         *("kl_alliteration.rewards.alliteration_reward", "--kl_estimator", "k3", "--kl_reduction", "mean", *SMALL),

@@ -46,7 +46,9 @@ def test_the_same_seed_tells_the_same_stories():
 
 def test_slots_pronouns_and_alternatives_by_hand(lexicon):
     skeleton = corpus.Skeleton(
-        "s", {"hero": ["elder"], "thing": ["toy"]}, "once {hero} lost a {thing}. {hero.he} (cried|cried), and {hero.his} {thing+s} too."
+        "s",
+        {"hero": ["elder"], "thing": ["toy"]},
+        "once {hero} lost a {thing}. {hero.he} (cried|cried), and {hero.his} {thing+s} too.",
     )
     small = {"elder": [corpus.Word("mother", "elder", gender="f", name="Mom")], "toy": [corpus.Word("owl", "toy")]}
     assert corpus.Story(skeleton, small, random.Random(0)).text == "Once Mom lost an owl. She cried, and her owls too."

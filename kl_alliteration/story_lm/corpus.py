@@ -34,7 +34,7 @@ SLOT = re.compile(r"\{([a-z_0-9]+)(?:\.([a-z]+))?(?:\+([a-z]+))?\}")
 
 @dataclass(frozen=True)
 class Word:
-    """One lexicon entry. `forms` holds `ed` and `ing` for verbs and `s` for nouns where the rule would get them wrong."""
+    """One lexicon entry. `forms`: past and -ing of a verb, plural of a noun, where the rule would get them wrong."""
 
     text: str
     category: str
@@ -136,8 +136,8 @@ def inflect(word: Word, form: str | None) -> str:
     raise ValueError(f"unknown form +{form}")
 
 
-# This share of the adjectives before a bound noun, and of the animals' names, is drawn from the noun's own first letter,
-# so that "a zany zebra named Zoe" exists for every letter.
+# This share of the adjectives before a bound noun, and of the animals' names, is drawn from the noun's own first
+# letter, so that "a zany zebra named Zoe" exists for every letter.
 ALLITERATING_SHARE = 0.12
 
 
@@ -219,7 +219,9 @@ def tidy(text: str) -> str:
 
 def _article(match: re.Match) -> str:
     rest = match.string[match.end() :].lower()
-    vowel = re.match(r"[aeiou]|hour|honest|heir|honou?r", rest) and not re.match(r"uni|use|usu|uke|eu|one\b|once|ute", rest)
+    vowel = re.match(r"[aeiou]|hour|honest|heir|honou?r", rest) and not re.match(
+        r"uni|use|usu|uke|eu|one\b|once|ute", rest
+    )
     return match[1] + ("n " if vowel or re.match(r"x-?ray", rest) else " ")
 
 
@@ -232,7 +234,7 @@ def stories(seed: int, count: int, skeletons=None, lexicon=None):
 
 
 def known_words(lexicon=None, skeletons=None) -> set[str]:
-    """Every word that the corpus can contain, lower-cased: all forms of the lexicon and the fixed text of the bodies."""
+    """Every word that the corpus can contain, lower-cased: the lexicon in all forms and the fixed text."""
     lexicon, skeletons = lexicon or load_lexicon(), skeletons or load_skeletons()
     words = {pronoun for table in PRONOUNS.values() for pronoun in table.values()} | {"girl", "boy", "the", "a", "an"}
     for category in lexicon.values():

@@ -1,6 +1,6 @@
 """Make the embedded story model again: corpus from a seed, tokenizer, pretraining, card.
 
-    python -m kl_alliteration.story_lm.train            # about 20 minutes on two cores, into kl_alliteration/story_lm/model
+    python -m kl_alliteration.story_lm.train    # into kl_alliteration/story_lm/model
     python -m kl_alliteration.story_lm.train --help
 
 The corpus is never written to disk: `corpus.py` draws every story once, so there are no epochs. Held-out stories come
@@ -8,7 +8,6 @@ from another seed; they share skeletons and words with the training stories, as 
 to write does, but no story.
 """
 
-import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -28,7 +27,8 @@ from transformers import (
     set_seed,
 )
 
-from ..alliteration import count_alliterations
+from ..evaluation import judge
+from ..rewards import alliteration_reward
 from . import MODEL_PATH, PROMPT
 from .corpus import known_words, load_lexicon, load_skeletons, split_words, stories
 
@@ -114,7 +114,7 @@ def train(args: StoryLMArguments) -> None:
     rows = [{"input_ids": [*e.ids, tokenizer.eos_token_id]} for e in encode(texts)]
     model = build_model(args, tokenizer)
     tokens = sum(len(row["input_ids"]) for row in rows)
-    print(f"{len(rows):,} stories, {tokens:,} tokens, {len(tokenizer):,} vocabulary, {model.num_parameters():,} parameters")
+    print(f"{len(rows):,} stories, {tokens:,} tokens, {model.num_parameters():,} parameters")
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -153,7 +153,9 @@ def held_out_loss(model, tokenizer, count: int = 1_000) -> float:
     texts = list(stories(HELD_OUT_SEED, count))
     collate = Collator(tokenizer.pad_token_id)
     for start in range(0, count, 100):
-        rows = [{"input_ids": [*tokenizer(t)["input_ids"], tokenizer.eos_token_id]} for t in texts[start : start + 100]]
+        rows = [
+            {"input_ids": [*tokenizer(t)["input_ids"], tokenizer.eos_token_id]} for t in texts[start : start + 100]
+        ]
         batch = collate(rows)
         n = int((batch["labels"][:, 1:] != -100).sum())
         total += model(**batch).loss.item() * n
@@ -161,91 +163,77 @@ def held_out_loss(model, tokenizer, count: int = 1_000) -> float:
     return total / tokens
 
 
-@torch.no_grad()
-def sample(model, tokenizer, count: int, max_new_tokens: int = 100, prompt: str = PROMPT, seed: int = 0):
-    """Completions at temperature 1 without truncation, and the mean entropy of the next token in nats.
-
-    Returns `(completions, entropy_per_token)`; positions after the end of a story do not count.
-    """
-    set_seed(seed)
-    completions, entropy, tokens = [], 0.0, 0
-    inputs = tokenizer([prompt] * 50, return_tensors="pt", return_token_type_ids=False)
-    while len(completions) < count:
-        out = model.generate(
-            **inputs, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=max_new_tokens
-        )
-        new = out[:, inputs["input_ids"].shape[1] :]
-        ended = (new == tokenizer.eos_token_id).int().cumsum(-1) - (new == tokenizer.eos_token_id).int() > 0
-        logits = model(out).logits[:, inputs["input_ids"].shape[1] - 1 : -1]
-        per_token = torch.distributions.Categorical(logits=logits).entropy()
-        entropy += per_token[~ended].sum().item()
-        tokens += int((~ended).sum())
-        completions += tokenizer.batch_decode(new, skip_special_tokens=True)
-    return completions[:count], entropy / tokens
-
-
-def describe(path: str | Path, count: int = 200) -> dict[str, float]:
+def describe(path: str | Path, count: int = 200) -> dict:
     """What the embedded model must show, measured on `count` samples of 100 tokens."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    completions, entropy = sample(model, tokenizer, count)
-    words = [w for text in completions for w in split_words(text)]
-    # A text cut at 100 tokens may end in half a word; that last word says nothing about spelling.
+    shown = judge(model, tokenizer, [PROMPT] * count, alliteration_reward)
+    # A text cut at 100 tokens may end in half a word, which says nothing about spelling.
+    words = [w for text in shown.completions for w in split_words(text.rpartition(" ")[0])]
     known = known_words()
-    ends = [split_words(text)[-1] for text in completions if text and text[-1].isalpha()]
-    unknown = Counter(w for w in words if w not in known) - Counter(w for w in ends if w not in known)
-    rewards = [count_alliterations(PROMPT + text) for text in completions]
+    unknown = Counter(w for w in words if w not in known)
+    whole = judge(model, tokenizer, [PROMPT] * 10, alliteration_reward, max_new_tokens=200, seed=1)
     return {
         "parameters": model.num_parameters(),
         "held_out_loss": held_out_loss(model, tokenizer),
-        "different": len(set(completions)),
+        "different": len(set(shown.completions)),
         "unknown_words_percent": 100 * sum(unknown.values()) / len(words),
-        "alliteration_mean": sum(rewards) / count,
-        "entropy_per_token": entropy,
-        "ended_percent": 100 * sum(text.endswith((".", "!", "?", '"')) for text in completions) / count,
         "unknown_examples": ", ".join(w for w, _ in unknown.most_common(8)),
-        "stories": completions[:10],
+        "alliteration_mean": shown.reward_mean,
+        "entropy_per_token": shown.entropy_per_token,
+        "ended_percent": 100 * shown.ended_share,
+        "stories": whole.completions,
     }
 
 
-def write_card(args: StoryLMArguments, minutes: float | None) -> None:
+def write_card(args: StoryLMArguments) -> None:
     facts = describe(args.output_dir)
-    skeletons, lexicon = load_skeletons(), load_lexicon()
-    made = f"in {minutes:.0f} minutes on two cores" if minutes else "in under 30 minutes on two cores"
-    lines = [
-        "---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: text-generation\nlanguage: en\n---",
-        "# The embedded story model",
-        f"A Llama of {facts['parameters']:,} parameters that writes young children's stories. It was made by this project "
-        f"from stories this project wrote: {len(skeletons)} hand-written skeletons with slots for {len(known_words()):,} "
-        "words (`../stories/`, `../lexicon.txt`), drawn by `../corpus.py`. Made " + made + " by",
-        "```\npython -m kl_alliteration.story_lm.train\n```",
-        f"Trained on {args.stories:,} stories, each seen once (seed {args.seed}); held-out loss "
-        f"{facts['held_out_loss']:.3f} nats per token on 1,000 stories of another seed.",
-        "On 200 samples of 100 tokens after \"Once upon a time\" (temperature 1, no truncation):\n\n"
-        "| what | measured |\n|---|---|\n"
-        f"| different texts | {facts['different']} of 200 |\n"
-        f"| words that the corpus does not know | {facts['unknown_words_percent']:.2f} % |\n"
-        f"| alliterating pairs | {facts['alliteration_mean']:.2f} a text |\n"
-        f"| entropy | {facts['entropy_per_token']:.2f} nats per token |\n"
-        f"| texts that end within 100 tokens | {facts['ended_percent']:.0f} % |",
-        "The lexicon has " + str(sum(len(words) for words in lexicon.values())) + " entries in "
-        f"{len(lexicon)} categories. Limits: it knows these plots and these words, and nothing else.",
-        "## Ten unselected samples",
-        *[f"{i}. {PROMPT}{' '.join(text.split(' '))}" for i, text in enumerate(facts["stories"], 1)],
-    ]
-    Path(args.output_dir, "README.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    entries = sum(len(words) for words in load_lexicon().values())
+    rows = {
+        "different texts": f"{facts['different']} of 200",
+        "words that the corpus does not know": f"{facts['unknown_words_percent']:.2f} %",
+        "alliterating pairs": f"{facts['alliteration_mean']:.2f} a text",
+        "entropy": f"{facts['entropy_per_token']:.2f} nats per token",
+        "texts that reach their end": f"{facts['ended_percent']:.0f} %",
+    }
+    card = f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+language: en
+---
+
+# The embedded story model
+
+A Llama of {facts["parameters"]:,} parameters that writes young children's stories. This project made it from stories
+that this project wrote: {len(load_skeletons())} hand-written skeletons (`../stories/`) with slots for {entries:,}
+lexicon entries (`../lexicon.txt`), drawn by `../corpus.py`. To make it again, in under 30 minutes on two cores:
+
+```
+python -m kl_alliteration.story_lm.train
+```
+
+{args.stories:,} stories, each seen once, seed {args.seed}; held-out loss {facts["held_out_loss"]:.3f} nats per token
+on 1,000 stories of another seed. It knows these plots and these words, and nothing else.
+
+200 samples of 100 tokens after "{PROMPT}", temperature 1, no truncation:
+
+| what | measured |
+|---|---|
+""" + "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    card += "\n## Ten unselected samples, told to their end\n\n"
+    card += "\n".join(f"{i}. {PROMPT}{text}" for i, text in enumerate(facts["stories"], 1)) + "\n"
+    Path(args.output_dir, "README.md").write_text(card, encoding="utf-8")
     print("\n".join(f"{name}: {value}" for name, value in facts.items() if name != "stories"))
-    assert not math.isnan(facts["held_out_loss"])
 
 
 def main():
     (args,) = HfArgumentParser(StoryLMArguments).parse_args_into_dataclasses()
-    minutes = None
     if not args.card_only:
         start = time.time()
         train(args)
-        minutes = (time.time() - start) / 60
-    write_card(args, minutes)
+        print(f"trained in {(time.time() - start) / 60:.1f} minutes")
+    write_card(args)
 
 
 if __name__ == "__main__":
