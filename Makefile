@@ -9,7 +9,7 @@ ARGS ?=
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,tensorboard]'
 	touch $@
 
 tall-tree: $(BIN)/.installed  ## the main job: a story model learns to alliterate

@@ -10,7 +10,6 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`:
 - `_logs` holds the last generation batch: `prompt`, `completion`, `rewards` by name.
 """
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +19,10 @@ import trl
 READ_FROM = "1.16.0"
 METHODS = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies")
 ATTRIBUTES = ("beta", "_metrics", "_logs")
+
+
+class UnknownTRLError(RuntimeError):
+    """The installed TRL is not one whose private names and call order this module knows."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def check_trainer(trainer) -> None:
     """Refuse, by name, a trainer without the private names that this module was written against."""
     missing = [name for name in METHODS + ATTRIBUTES if not hasattr(trainer, name)]
     if missing:
-        raise RuntimeError(
+        raise UnknownTRLError(
             f"{type(trainer).__name__} of trl {trl.__version__} has no {', '.join(missing)}; kl_alliteration was "
             f"written against trl {READ_FROM}'s RLOOTrainer: install that version or a newer kl_alliteration"
         )
@@ -54,13 +57,12 @@ class RolloutSeam:
 
     def __init__(self, trainer):
         check_trainer(trainer)
-        # A strong reference would tie the trainer to itself, and hold its model after the user let go of it.
-        self.trainer = weakref.proxy(trainer)
+        self.trainer = trainer
         self.penalty: Callable[[Rollout], torch.Tensor] | None = None
         self._logps_calls: list[torch.Tensor] | None = None
         self._rollout: Rollout | None = None
-        self._generate_and_score = type(trainer)._generate_and_score_completions
-        self._get_logps = type(trainer)._get_per_token_logps_and_entropies
+        self._generate_and_score = trainer._generate_and_score_completions
+        self._get_logps = trainer._get_per_token_logps_and_entropies
         trainer._generate_and_score_completions = self.generate_and_score
         trainer._get_per_token_logps_and_entropies = self.get_logps
 
@@ -68,10 +70,10 @@ class RolloutSeam:
         trainer = self.trainer
         self._logps_calls, self._rollout = [], None
         try:
-            output = self._generate_and_score(trainer, inputs)
+            output = self._generate_and_score(inputs)
             expected = 1 if trainer.beta == 0 else 2
             if len(self._logps_calls) != expected:
-                raise RuntimeError(
+                raise UnknownTRLError(
                     f"trl {trl.__version__} asked for log-probabilities {len(self._logps_calls)} times in a "
                     f"generation batch, expected {expected}: kl_alliteration was written against trl {READ_FROM}"
                 )
@@ -82,7 +84,7 @@ class RolloutSeam:
         return output
 
     def get_logps(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        logps, *rest = self._get_logps(self.trainer, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        logps, *rest = self._get_logps(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         if self._logps_calls is not None:
             self._logps_calls.append(logps)
             if len(self._logps_calls) == 2:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, set_seed
+from transformers import GenerationConfig, PreTrainedModel
 
 
 @dataclass
@@ -59,11 +59,8 @@ def judge(
         reward (callable): TRL-shaped, `reward(prompts=..., completions=...) -> list[float]`.
         ref_model ([`~transformers.PreTrainedModel`], *optional*): The reference policy.
         adapter_off_is_reference (`bool`): For a `PeftModel`: the base with the adapter off is the reference.
-        seed (`int`): Of the sampling; the random state of the caller is put back afterwards.
+        seed (`int`): Of the sampling; torch's random state is put back afterwards.
     """
-    training, state = model.training, torch.get_rng_state()
-    model.eval()
-    set_seed(seed)
     config = GenerationConfig(
         do_sample=True,
         temperature=temperature,
@@ -73,29 +70,34 @@ def judge(
         eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    training = model.training
+    model.eval()
     texts, rewards, lengths, entropies, kls, ended = [], [], [], [], [], 0
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        inputs = tokenizer(batch, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
-        ids = model.generate(**inputs, generation_config=config)
-        width = ids.shape[1] - inputs["input_ids"].shape[1]
-        completion = ids[:, -width:]
-        stops = torch.isin(completion, torch.as_tensor(config.eos_token_id, device=ids.device)).int()
-        mask = (stops.cumsum(-1) - stops) == 0  # (B, T), the end-of-text token itself counts
-        attention_mask = torch.cat([inputs["attention_mask"], mask.long()], dim=1)
-        logps, entropy = _score(model, ids, attention_mask, width, temperature)
-        if ref_model is not None or adapter_off_is_reference:
-            with model.disable_adapter() if adapter_off_is_reference else nullcontext():
-                ref_logps, _ = _score(ref_model or model, ids, attention_mask, width, temperature)
-            kls += ((logps - ref_logps) * mask).sum(-1).tolist()  # (B, T) -> (B,)
-        new = tokenizer.batch_decode(completion.masked_fill(~mask, tokenizer.pad_token_id), skip_special_tokens=True)
-        texts += new
-        rewards += reward(prompts=batch, completions=new)
-        lengths += mask.sum(-1).tolist()
-        ended += int(stops.any(-1).sum())
-        entropies.append((entropy * mask).sum().item())
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            inputs = tokenizer(batch, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
+            ids = model.generate(**inputs, generation_config=config)
+            width = ids.shape[1] - inputs["input_ids"].shape[1]
+            completion = ids[:, -width:]
+            stops = torch.isin(completion, torch.as_tensor(config.eos_token_id, device=ids.device)).int()
+            mask = (stops.cumsum(-1) - stops) == 0  # (B, T), the end-of-text token itself counts
+            attention_mask = torch.cat([inputs["attention_mask"], mask.long()], dim=1)
+            logps, entropy = _score(model, ids, attention_mask, width, temperature)
+            if ref_model is not None or adapter_off_is_reference:
+                with model.disable_adapter() if adapter_off_is_reference else nullcontext():
+                    ref_logps, _ = _score(ref_model or model, ids, attention_mask, width, temperature)
+                kls += ((logps - ref_logps) * mask).sum(-1).tolist()  # (B, T) -> (B,)
+            new = tokenizer.batch_decode(
+                completion.masked_fill(~mask, tokenizer.pad_token_id), skip_special_tokens=True
+            )
+            texts += new
+            rewards += reward(prompts=batch, completions=new)
+            lengths += mask.sum(-1).tolist()
+            ended += int(stops.any(-1).sum())
+            entropies.append((entropy * mask).sum().item())
     model.train(training)
-    torch.set_rng_state(state)
     return Judgement(
         stories=len(texts),
         reward_mean=statistics.fmean(rewards),

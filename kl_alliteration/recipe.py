@@ -13,10 +13,12 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
+from transformers.integrations import is_tensorboard_available
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ScriptArguments, TrlParser
 
 from . import kl
+from ._trl import UnknownTRLError
 from .story_lm import MODEL_PATH, PROMPT
 
 # TinyStories-33M was trained with this tokenizer and ships none (its model card says so).
@@ -63,9 +65,9 @@ class RecipeParser(TrlParser):
         for i, arg in enumerate(args):
             if arg.startswith("--config="):
                 args[i : i + 1] = ["--config", arg.removeprefix("--config=")]
-        if "--config" not in args and self.defaults.is_file():
+        if "--config" not in args:
             args = ["--config", str(self.defaults), *args]
-        if args.index("--config") + 1 == len(args):
+        elif args[-1] == "--config":
             raise ValueError("--config needs the path of a YAML file")
         *parsed, unknown = self.parse_args_and_config(args, return_remaining_strings=True)
         for option in unknown:
@@ -90,7 +92,7 @@ def one_line_errors(main):
     def wrapped(*args, **kwargs):
         try:
             return main(*args, **kwargs)
-        except (ValueError, OSError, ImportError, TypeError) as error:
+        except (ValueError, OSError, ImportError, UnknownTRLError) as error:
             if os.environ.get("KL_ALLITERATION_TRACEBACK"):
                 raise
             message = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
@@ -111,7 +113,7 @@ def check_options(args: StoryArguments, training_args, model_args) -> None:
     if args.show_stories_every < 0:
         raise ValueError(f"show_stories_every must be >= 0, got {args.show_stories_every}; 0 shows none")
     path = model_args.model_name_or_path
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
         raise ValueError(
             f"model_name_or_path: there is no folder {path!r}; name a folder or a Hub id such as user/model"
@@ -217,6 +219,9 @@ def parse_recipe(parser: RecipeParser, argv: list[str] | None = None):
     args, training_args, model_args = parser.parse(argv)
     model_args.model_name_or_path = model_args.model_name_or_path or str(MODEL_PATH)
     choose_precision(sys.argv[1:] if argv is None else argv, training_args)
+    if "tensorboard" in training_args.report_to and not is_tensorboard_available():
+        training_args.report_to.remove("tensorboard")
+        print("TensorBoard is not installed, so it gets no logs: pip install 'kl_alliteration[tensorboard]'")
     return args, training_args, model_args
 
 

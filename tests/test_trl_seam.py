@@ -117,9 +117,9 @@ def test_a_changed_call_order_is_refused(make_trainer):
     seam = trainer._kl_alliteration_seam
     generate = seam._generate_and_score
 
-    def twice(trainer, inputs):
-        generate(trainer, inputs)
-        return generate(trainer, inputs)
+    def twice(inputs):
+        generate(inputs)
+        return generate(inputs)
 
     seam._generate_and_score = twice
     with pytest.raises(RuntimeError, match="log-probabilities 4 times in a generation batch, expected 2"):
