@@ -13,7 +13,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 tall-tree: $(BIN)/.installed  ## the main job: a story model learns to alliterate
-	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/$(CONFIG).yaml recipes/rloo_tall_tree.py $(ARGS)
+	$(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $$(nproc) --config_file accelerate_configs/$(CONFIG).yaml recipes/rloo_tall_tree.py $(ARGS)
 
 collapse: $(BIN)/.installed  ## the same without a penalty
 	$(MAKE) tall-tree ARGS="--beta 0 --output_dir runs/collapse $(ARGS)"

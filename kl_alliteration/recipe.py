@@ -69,6 +69,9 @@ class RecipeParser(TrlParser):
             args = ["--config", str(self.defaults), *args]
         elif args[-1] == "--config":
             raise ValueError("--config needs the path of a YAML file")
+        # bf16 where the GPU has it, else float32; RLOOConfig alone says bf16 everywhere and then refuses on a CPU.
+        on_cpu = "--use_cpu" in args or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        self.set_defaults(bf16=not on_cpu and "--fp16" not in args and is_torch_bf16_gpu_available())
         *parsed, unknown = self.parse_args_and_config(args, return_remaining_strings=True)
         for option in unknown:
             name = option.split("=")[0]
@@ -128,13 +131,6 @@ def check_options(args: StoryArguments, training_args, model_args) -> None:
                 f"push_to_hub: no valid login at the Hub ({type(error).__name__}); run `hf auth login`, "
                 "or leave the option out"
             ) from None
-
-
-def choose_precision(argv: list[str], training_args) -> None:
-    """bf16 where the GPU has it, else float32; what the user asked for stays."""
-    asked = any(a.split("=")[0] in ("--bf16", "--no_bf16", "--fp16") for a in argv)
-    if not asked and not training_args.fp16:
-        training_args.bf16 = not training_args.use_cpu and is_torch_bf16_gpu_available()
 
 
 def load_tokenizer(args: StoryArguments, model_args, training_args):
@@ -218,7 +214,6 @@ def parse_recipe(parser: RecipeParser, argv: list[str] | None = None):
     """`(StoryArguments, RLOOConfig, ModelConfig)` of a recipe, with the embedded model and this device's precision."""
     args, training_args, model_args = parser.parse(argv)
     model_args.model_name_or_path = model_args.model_name_or_path or str(MODEL_PATH)
-    choose_precision(sys.argv[1:] if argv is None else argv, training_args)
     if "tensorboard" in training_args.report_to and not is_tensorboard_available():
         training_args.report_to.remove("tensorboard")
         print("TensorBoard is not installed, so it gets no logs: pip install 'kl_alliteration[tensorboard]'")
