@@ -24,10 +24,15 @@ class Judgement:
     entropy_per_token: float  # nats
     kl_per_token: float | None
     kl_per_sequence: float | None
+    prompts: list[str]
     completions: list[str]
 
+    @property
+    def texts(self) -> list[str]:
+        return [prompt + completion for prompt, completion in zip(self.prompts, self.completions, strict=True)]
+
     def numbers(self) -> dict:
-        return {name: value for name, value in asdict(self).items() if name != "completions"}
+        return {name: value for name, value in asdict(self).items() if name not in ("prompts", "completions")}
 
 
 @torch.no_grad()
@@ -108,5 +113,6 @@ def judge(
         entropy_per_token=sum(entropies) / sum(lengths),
         kl_per_token=sum(kls) / sum(lengths) if kls else None,
         kl_per_sequence=statistics.fmean(kls) if kls else None,
+        prompts=list(prompts),
         completions=texts,
     )

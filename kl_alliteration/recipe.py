@@ -145,12 +145,12 @@ def load_tokenizer(args: StoryArguments, model_args, training_args):
     return tokenizer
 
 
-def load_prompts(args: StoryArguments) -> Dataset:
-    """The prompts to train on; a single prompt is repeated so that every batch can be filled."""
+def load_prompts(args: StoryArguments, prompts_per_batch: int) -> Dataset:
+    """The prompts to train on, repeated where they are too few for a generation batch: TRL would train zero steps."""
     if args.dataset_name is None:
         if not args.prompt.strip():
             raise ValueError("prompt must not be empty; leave the option out for 'Once upon a time'")
-        return Dataset.from_dict({"prompt": [args.prompt] * 1_000})
+        return Dataset.from_dict({"prompt": [args.prompt] * max(1_000, prompts_per_batch)})
     name = args.dataset_name
     if name.endswith((".json", ".jsonl")):
         if not Path(name).is_file():
@@ -162,7 +162,8 @@ def load_prompts(args: StoryArguments) -> Dataset:
         raise ValueError(f"dataset_name: {name!r} has no column `prompt`, only {', '.join(dataset.column_names)}")
     if len(dataset) == 0 or any(not prompt for prompt in dataset["prompt"]):
         raise ValueError(f"dataset_name: {name!r} holds an empty prompt; every row needs some text to go on from")
-    return dataset
+    repeats = -(-prompts_per_batch // len(dataset))
+    return dataset.select(list(range(len(dataset))) * repeats)
 
 
 class CheckedReward:
@@ -205,7 +206,7 @@ def load_rewards(paths: list[str]) -> list:
             raise ValueError(f"reward_funcs: cannot import {path!r}: {error}") from None
         if not callable(function):
             raise ValueError(f"reward_funcs: {path!r} is a {type(function).__name__}, not a function")
-        is_async = inspect.iscoroutinefunction(function)
+        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__)
         rewards.append(function if is_async else CheckedReward(function, path))
     return rewards
 

@@ -53,7 +53,7 @@ def build_trainer(args: StoryArguments, training_args: RLOOConfig, model_args: M
         model=model_args.model_name_or_path,
         reward_funcs=load_rewards(args.reward_funcs),
         args=training_args,
-        train_dataset=load_prompts(args),
+        train_dataset=load_prompts(args, training_args.generation_batch_size // training_args.num_generations),
         processing_class=load_tokenizer(args, model_args, training_args),
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
@@ -85,7 +85,7 @@ def judge_policy(trainer: RLOOTrainer, args: StoryArguments, model_args: ModelCo
     )
 
 
-def show(prompt: str, before, after, folder: Path) -> None:
+def show(before, after, folder: Path) -> None:
     """The numbers and a few stories before and after, on the screen and as `stories.md`."""
     names = ("reward_mean", "different_share", "entropy_per_token", "kl_per_token", "kl_per_sequence", "mean_length")
     table = Table(title=f"{after.stories} fresh stories")
@@ -98,10 +98,10 @@ def show(prompt: str, before, after, folder: Path) -> None:
     console.print(table)
     lines = []
     for heading, judgement in (("Before", before), ("After", after)):
-        lines += [f"## {heading}", ""] + [f"> {prompt}{text}\n" for text in judgement.completions[:5]]
+        lines += [f"## {heading}", ""] + [f"> {text}\n" for text in judgement.texts[:5]]
         console.print(Text(f"\n{heading}", style="bold"))
-        for text in judgement.completions[:3]:
-            console.print(Text(f"{prompt}{text}\n"))
+        for text in judgement.texts[:3]:
+            console.print(Text(f"{text}\n"))
     Path(folder, "stories.md").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -120,8 +120,7 @@ def main():
     folder = Path(training_args.output_dir)
     trainer.save_model(training_args.output_dir)
     if trainer.is_world_process_zero():
-        shown = args.prompt if args.dataset_name is None else ""
-        show(shown, before, after, folder)
+        show(before, after, folder)
         title = f"{Path(model_args.model_name_or_path).name}: beta {training_args.beta:g}, {args.kl_estimator}"
         plot_curves(trainer.state.log_history, folder / "curves.png", title, before.reward_mean)
         summary = {"before": before.numbers(), "after": after.numbers(), "seconds": round(time.time() - start, 1)}

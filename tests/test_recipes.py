@@ -127,7 +127,7 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--reward_funcs", "plain"], "reward_funcs: 'plain' is no dotted path"),
         (["--eval_stories", "0"], "eval_stories must be >= 1, got 0"),
         (["--push_to_hub"], "push_to_hub: no valid login at the Hub"),
-        (["--num_generations", "many"], "argument --num_generations: invalid int value: 'many'"),
+        (["--num_generations", "many"], "invalid int value: 'many'"),
     ],
 )
 def test_refusals(tmp_path, options, says):
