@@ -214,7 +214,8 @@ def tidy(text: str) -> str:
     text = re.sub(r"\s+", " ", text)
     text = re.sub(r" ([,.!?;:])", r"\1", text).strip()
     text = re.sub(r"\b([Aa])n? (?=\w)", _article, text)
-    return re.sub(r"""(^"?|[.!?]"? "?|^[^"]*, ")([a-z])""", lambda m: m[1] + m[2].upper(), text)
+    # After a quoted question or exclamation its speaker may follow: "Who?" asked Mia.
+    return re.sub(r"""(^"?|[.!?] "?|\." "?|[!?]" "|^[^"]*, ")([a-z])""", lambda m: m[1] + m[2].upper(), text)
 
 
 def _article(match: re.Match) -> str:
@@ -251,7 +252,7 @@ def split_words(text: str) -> list[str]:
 
 
 def lint(paths: list[Path] | None = None, draws: int = 40) -> list[str]:
-    """What is wrong with skeletons: syntax, unknown names, length (60 to 100 words), too few choices, doubled words."""
+    """What is wrong with skeletons: syntax, unknown names, length (60 to 100 words), few choices, doubled words."""
     lexicon, problems, slugs = load_lexicon(), [], set()
     for skeleton in load_skeletons(paths):
         rng = random.Random(skeleton.slug)
