@@ -1,6 +1,12 @@
 """The KL penalty as an instrument, for TRL's stock RLOO trainer."""
 
-from .callbacks import KLPenaltyCallback, MetricsFileCallback, StoryProgressCallback, StoryTableCallback
+from .callbacks import (
+    KLMonitorCallback,
+    KLPenaltyCallback,
+    MetricsFileCallback,
+    StoryProgressCallback,
+    StoryTableCallback,
+)
 from .evaluation import Judgement, judge
 from .report import plot_curves
 from .rewards import alliteration_reward
@@ -8,6 +14,7 @@ from .rewards import alliteration_reward
 __version__ = "0.1.0"
 __all__ = [
     "Judgement",
+    "KLMonitorCallback",
     "KLPenaltyCallback",
     "MetricsFileCallback",
     "StoryProgressCallback",

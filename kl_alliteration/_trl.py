@@ -4,21 +4,37 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`:
 
 - `_generate_and_score_completions(inputs)` makes one generation batch. Inside it `_get_per_token_logps_and_entropies`
   is called for the policy and then, if `beta != 0`, for the reference; nothing else calls it there. Its first result
-  is `logps` (B, T); its third and fourth positional arguments are `attention_mask` (B, P + T) and `logits_to_keep`, T.
+  is `logps` (B, T); its second to fourth positional arguments are `input_ids` and `attention_mask` (B, P + T) and
+  `logits_to_keep`, T. With LoRA the second call runs while the adapter is off.
 - the penalty is `beta * ((logps - ref_logps) * completion_mask).sum(-1)`, subtracted from the reward.
+- what it returns is a dictionary whose tensors, (B, ...), are shuffled and split together; `old_logps` is (B,).
+- `_compute_loss(model, inputs)` calls `_get_per_token_logps_and_entropies` once, and means its loss over B.
+- both calls end in the backbone, `base_model` of the causal language model, once a chunk of B, with the positions of
+  prompt and completion; its `last_hidden_state` is what the LM head is applied to.
 - `_metrics[mode]["kl"]` holds one mean log-ratio per generation batch, averaged at the next log.
 - `_logs` holds the last generation batch: `prompt`, `completion`, `rewards` by name.
+- `use_adapter` and `create_model_from_path`, `add_fused_lm_head`, `disable_dropout_in_model`, by which it makes the
+  reference.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import trl
+from trl.trainer.utils import (
+    add_fused_lm_head,
+    create_model_from_path,
+    disable_dropout_in_model,
+    get_config_model_id,
+    use_adapter,
+)
+
+from . import kl
 
 READ_FROM = "1.16.0"
-METHODS = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies")
-ATTRIBUTES = ("beta", "_metrics", "_logs")
+METHODS = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies", "_compute_loss")
+ATTRIBUTES = ("beta", "ref_model", "temperature", "_metrics", "_logs")
 
 
 class UnknownTRLError(RuntimeError):
@@ -26,16 +42,48 @@ class UnknownTRLError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class HiddenStates:
+    """What the full-vocabulary estimators need: (B, T, H) states that predict the completion tokens, and LM heads."""
+
+    policy: torch.Tensor
+    reference: torch.Tensor
+    head: kl.LMHead
+    ref_head: kl.LMHead
+
+
+@dataclass(frozen=True)
 class Rollout:
-    """One generation batch on this process: log-probabilities of the sampled tokens, detached, (B, T) each."""
+    """Completions on this process, scored by policy and reference, (B, T) each.
+
+    Detached in a generation batch; in the loss `logps` and `hidden.policy` carry the policy's gradient.
+    """
 
     logps: torch.Tensor
     ref_logps: torch.Tensor
+    completion_ids: torch.Tensor
     completion_mask: torch.Tensor
+    hidden: HiddenStates | None = None
+    known: dict = field(default_factory=dict)  # estimates that were asked for already
 
     @property
     def ref_log_ratio(self) -> torch.Tensor:
         return self.logps - self.ref_logps  # (B, T); its mean over policy samples is KL(policy || reference)
+
+    def per_token_kl(self, estimator: str, **options) -> torch.Tensor:
+        """Any estimator of `kl`, (B, T) nats; `options` are those of [`kl.full_vocabulary_estimate`]."""
+        key = estimator, *sorted(options.items())
+        if key not in self.known:
+            self.known[key] = (
+                kl.SAMPLED[estimator](self.ref_log_ratio)
+                if estimator in kl.SAMPLED
+                else self._from_hidden_states(kl.full_vocabulary_estimate(estimator, **options))
+            )
+        return self.known[key]
+
+    def _from_hidden_states(self, estimate: Callable) -> torch.Tensor:
+        states = self.hidden
+        models = states.policy, states.reference, states.head, states.ref_head
+        return kl.from_hidden_states(estimate, *models, self.completion_ids, self.completion_mask)
 
 
 def check_trainer(trainer) -> None:
@@ -49,57 +97,164 @@ def check_trainer(trainer) -> None:
 
 
 class RolloutSeam:
-    """Wraps two bound methods of one stock trainer, so that a penalty other than TRL's can be subtracted.
+    """Wraps three bound methods of one stock trainer, so that a penalty other than TRL's can be used and watched.
 
-    At the reference's log-probabilities, the second of the two calls, it hands back values whose difference to the
-    policy's sums to `penalty(rollout)` under the mask. TRL does the rest: gathering, beta, baseline, advantages.
+    In the reward: at the reference's log-probabilities, the second of the two calls, it hands back values whose
+    difference to the policy's sums to `reward_penalty(rollout)` under the mask. TRL does the rest: gathering, beta,
+    baseline, advantages. In the loss: the reference goes into the batch that TRL shuffles and splits, and `beta` times
+    the mean of `loss_penalty(rollout)` is added to TRL's loss.
     """
 
     def __init__(self, trainer):
         check_trainer(trainer)
         self.trainer = trainer
-        self.penalty: Callable[[Rollout], torch.Tensor] | None = None
-        self._logps_calls: list[torch.Tensor] | None = None
+        self.reward_penalty: Callable[[Rollout], torch.Tensor] | None = None  # -> (B,)
+        self.loss_penalty: Callable[[Rollout], torch.Tensor] | None = None  # -> (B,)
+        self.observers: list[Callable[[Rollout], None]] = []  # called after every generation batch
+        self.budget_per_token: float | None = None
+        self.reference_at_beta_zero = False
+        self._ref_model = None  # only where TRL itself made none
+        self.last_penalty: torch.Tensor | None = None  # (B,), what beta was last multiplied with in the reward
+        self._scored: list[tuple] | None = None  # (logps, states, head) of policy and reference in a generation batch
+        self._loss_scored: tuple | None = None  # the same of the policy in the loss
         self._rollout: Rollout | None = None
+        self._ref_head: kl.LMHead | None = None
+        self._states: list[torch.Tensor] | None = None  # of the forward pass under way, where anyone needs them
+        self._hooks = []
         self._generate_and_score = trainer._generate_and_score_completions
         self._get_logps = trainer._get_per_token_logps_and_entropies
+        self._compute_loss = trainer._compute_loss
         trainer._generate_and_score_completions = self.generate_and_score
         trainer._get_per_token_logps_and_entropies = self.get_logps
+        trainer._compute_loss = self.compute_loss
+
+    def need_hidden_states(self) -> None:
+        """From here on rollouts carry hidden states."""
+        if not self._hooks:
+            models = [self._causal_lm(self.trainer.model), self.trainer.ref_model, self._ref_model]
+            for model in filter(None, models):
+                backbone = self._causal_lm(model).base_model
+                self._hooks.append(backbone.register_forward_hook(self._keep_states))
+
+    def need_reference_at_beta_zero(self) -> None:
+        """Score with the reference even when `beta` is 0: free of memory with LoRA, else a second model is loaded."""
+        trainer = self.trainer
+        self.reference_at_beta_zero = True
+        if trainer.beta == 0 and trainer.ref_model is None and not self.has_free_reference:
+            model = trainer.model
+            kwargs = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
+            self._ref_model = create_model_from_path(
+                get_config_model_id(model.config), **(trainer.args.model_init_kwargs or {}) | kwargs
+            )
+            disable_dropout_in_model(self._ref_model)
+            add_fused_lm_head(self._ref_model, temperature=trainer.temperature)
+            self._ref_model = trainer.accelerator.prepare_model(self._ref_model, evaluation_mode=True)
 
     def generate_and_score(self, inputs):
         trainer = self.trainer
-        self._logps_calls, self._rollout = [], None
+        self._scored, self._rollout = [], None
         try:
             output = self._generate_and_score(inputs)
             expected = 1 if trainer.beta == 0 else 2
-            if len(self._logps_calls) != expected:
+            if len(self._scored) != expected:
                 raise UnknownTRLError(
-                    f"trl {trl.__version__} asked for log-probabilities {len(self._logps_calls)} times in a "
+                    f"trl {trl.__version__} asked for log-probabilities {len(self._scored)} times in a "
                     f"generation batch, expected {expected}: kl_alliteration was written against trl {READ_FROM}"
                 )
         finally:
-            self._logps_calls = None
-        if self._rollout is not None and self.penalty is not None:
-            self._restore_kl_metric(self._rollout)
+            self._scored = None
+        rollout = self._rollout
+        if rollout is not None:
+            if self.reward_penalty is not None and trainer.beta != 0:
+                self._restore_kl_metric(rollout)
+            if self.loss_penalty is not None:
+                output["kl_ref_logps"] = rollout.ref_logps
+                if rollout.hidden is not None:
+                    output["kl_ref_hidden"] = rollout.hidden.reference
+            for observe in self.observers:
+                observe(rollout)
         return output
 
     def get_logps(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        logps, *rest = self._get_logps(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        if self._logps_calls is not None:
-            self._logps_calls.append(logps)
-            if len(self._logps_calls) == 2:
-                completion_mask = attention_mask[:, -logits_to_keep:]
-                self._rollout = Rollout(self._logps_calls[0], logps, completion_mask)
-                if self.penalty is not None:
-                    logps = self._as_reference(self._rollout)
+        """TRL's own, seen. In a generation batch the second one is the reference's, or stands in for it."""
+        found = self._score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        (logps, *rest), states, head = found
+        if self._scored is None:  # the loss
+            self._loss_scored = logps, states, head
+            return logps, *rest
+        self._scored.append((logps, states, head))
+        if len(self._scored) == 1 and self.trainer.beta == 0 and self.reference_at_beta_zero:
+            reference = self._score_reference(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+            self._finish_rollout(input_ids, attention_mask, reference)
+        if len(self._scored) == 2:
+            self._finish_rollout(input_ids, attention_mask, found)
+            if self.reward_penalty is None:
+                mask = self._rollout.completion_mask
+                self.last_penalty = kl.reduce_per_sequence(self._rollout.ref_log_ratio, mask, "sum")
+            else:
+                self.last_penalty = self.reward_penalty(self._rollout)
+                # Log-probabilities whose masked difference to the policy's is the penalty: all of it on one token.
+                logps = self._rollout.logps.clone()
+                logps[:, 0] -= self.last_penalty
         return logps, *rest
 
-    def _as_reference(self, rollout: Rollout) -> torch.Tensor:
-        """Log-probabilities whose masked difference to the policy's is the penalty: all of it on the first token."""
-        penalty = self.penalty(rollout)  # (B,)
-        ref_logps = rollout.logps.clone()
-        ref_logps[:, 0] -= penalty
-        return ref_logps
+    def compute_loss(self, model, inputs):
+        self._loss_scored = None
+        loss = self._compute_loss(model, inputs)
+        trainer = self.trainer
+        if self.loss_penalty is None or trainer.beta == 0:
+            return loss
+        if self._loss_scored is None or "kl_ref_logps" not in inputs:
+            raise UnknownTRLError(
+                f"trl {trl.__version__} computed a loss without log-probabilities of its batch: kl_alliteration was "
+                f"written against trl {READ_FROM}"
+            )
+        (logps, states, head), self._loss_scored = self._loss_scored, None
+        mask = inputs["completion_mask"]
+        hidden = None if states is None else HiddenStates(states, inputs["kl_ref_hidden"], head, self._ref_head)
+        penalty = self.loss_penalty(Rollout(logps, inputs["kl_ref_logps"], inputs["completion_ids"], mask, hidden))
+        # Completions of an earlier policy (num_iterations > 1) are weighted to the present one, within the clip range.
+        ratio = ((logps.detach() * mask).sum(1) - inputs["old_logps"]).exp()
+        weight = ratio.clamp(1 - trainer.epsilon_low, 1 + trainer.epsilon_high)
+        return loss + trainer.beta * (weight * penalty).mean()
+
+    def _causal_lm(self, model):
+        model = self.trainer.accelerator.unwrap_model(model)
+        return model.get_base_model() if hasattr(model, "peft_config") else model
+
+    @property
+    def has_free_reference(self) -> bool:
+        """With LoRA the reference is the model itself, adapter off."""
+        return hasattr(self.trainer.accelerator.unwrap_model(self.trainer.model), "peft_config")
+
+    def _keep_states(self, module, args, output):
+        if self._states is not None:
+            self._states.append(output.last_hidden_state)
+
+    def _score(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        """TRL's results, the (B, T, H) states behind them, and the head that they went through."""
+        self._states = [] if self._hooks else None
+        results = self._get_logps(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        kept, self._states = self._states, None
+        if kept is None:
+            return results, None, None
+        states = torch.cat([s[:, -logits_to_keep - 1 : -1] for s in kept])
+        return results, states, kl.LMHead.of(self._causal_lm(model), self.trainer.temperature)
+
+    def _score_reference(self, model, *args, **kwargs):
+        if self._ref_model is not None:
+            return self._score(self._ref_model, *args, **kwargs)
+        unwrapped = self.trainer.accelerator.unwrap_model(model)
+        with use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None):
+            return self._score(model, *args, **kwargs)
+
+    def _finish_rollout(self, input_ids, attention_mask, reference) -> None:
+        logps, states, head = self._scored[0]
+        (ref_logps, *_), ref_states, self._ref_head = reference
+        length = logps.shape[1]
+        hidden = None if states is None else HiddenStates(states, ref_states, head, self._ref_head)
+        ids, mask = input_ids[:, -length:], attention_mask[:, -length:]
+        self._rollout = Rollout(logps, ref_logps, ids, mask, hidden)
 
     def _restore_kl_metric(self, rollout: Rollout) -> None:
         """TRL logged the penalty under `kl`; put the mean log-ratio in nats per token back, which `kl` means."""
@@ -107,7 +262,12 @@ class RolloutSeam:
         mask = rollout.completion_mask
         stats = torch.stack([(rollout.ref_log_ratio * mask).sum(), mask.sum().float()])
         total, count = trainer.accelerator.reduce(stats, reduction="sum")
-        trainer._metrics["train" if trainer.model.training else "eval"]["kl"][-1] = (total / count.clamp(min=1)).item()
+        self.metrics["kl"][-1] = (total / count.clamp(min=1)).item()
+
+    @property
+    def metrics(self) -> dict[str, list[float]]:
+        """TRL's metrics of the mode that it is in, averaged and emptied at the next log."""
+        return self.trainer._metrics["train" if self.trainer.model.training else "eval"]
 
 
 def rollout_seam(trainer) -> RolloutSeam:
@@ -125,3 +285,9 @@ def last_completions(trainer) -> tuple[list, list, dict[str, list[float]]]:
         list(logs["completion"]),
         {name: list(values) for name, values in logs["rewards"].items()},
     )
+
+
+def last_rewards(trainer) -> torch.Tensor:
+    """Weighted rewards of the last generation batch, over all processes, without the penalty: (B of all,)."""
+    rewards = torch.tensor(list(trainer._logs["rewards"].values()))  # (functions, B of all)
+    return (rewards * trainer.reward_weights.cpu().unsqueeze(1)).nansum(0)

@@ -1,6 +1,7 @@
 """What users add to a trainer. In TRL's manner each takes `trainer=` and goes in with `trainer.add_callback(...)`."""
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -10,43 +11,160 @@ from rich.text import Text
 from transformers import ProgressCallback, TrainerCallback
 
 from . import kl
-from ._trl import Rollout, last_completions, rollout_seam
+from ._trl import Rollout, last_completions, last_rewards, rollout_seam
 from .rewards import as_text
 
 
 class KLPenaltyCallback(TrainerCallback):
-    """Choose the KL penalty that a stock [`~trl.RLOOTrainer`] subtracts from the reward.
+    """Choose the KL penalty of a stock [`~trl.RLOOTrainer`]: which estimate of the KL, where it goes, and its budget.
 
-    The trainer subtracts `beta * penalty`, with the penalty per completion made of `kl_estimator` per token and
-    `kl_reduction` over its tokens. It takes effect when it is made. TRL's metric `kl` keeps its meaning, the mean
+    It takes effect when it is made, at the price `trainer.beta`. TRL's metric `kl` keeps its meaning, the mean
     log-ratio in nats per token, whatever the penalty is. At `trainer.beta == 0` there is no penalty to choose.
+    [`kl.gradient_contract`] names the gradient of each choice; one that is null or wrong warns with what to use instead.
 
     Args:
         trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
-        kl_estimator (`str`, *optional*, defaults to `"k1"`): `"k1"`, `"k2"` or `"k3"`, see [`kl`].
+        kl_estimator (`str`, *optional*, defaults to `"k1"`):
+            `"k1"`, `"k2"`, `"k3"`, `"abs"` of the sampled tokens; `"exact"`, `"top_k"` of the whole vocabulary.
+        kl_placement (`str`, *optional*, defaults to `"reward"`):
+            `"reward"`: subtracted from the reward, as in TRL. `"loss"`: added to the loss, differentiable. `"both"`.
         kl_reduction (`str`, *optional*, defaults to `"sum"`):
             `"sum"`: beta is a price per nat of the sequence, as in TRL. `"mean"`: per nat of a token, which with
             `"k1"` is the study's difference of mean cross-entropies.
+        kl_direction (`str`, *optional*, defaults to `"reverse"`):
+            `"reverse"`, KL(policy || reference), or, of `"exact"` only, `"forward"`, KL(reference || policy).
+        kl_budget_per_token (`float`, *optional*):
+            Nats per token that a completion may spend for nothing: the penalty is that of the KL beyond this many
+            times its length, and 0 within.
+        kl_top_k (`int`, *optional*, defaults to `64`): Tokens that `"top_k"` takes in full.
+        strict (`bool`, *optional*, defaults to `False`): Stop where it would warn of a gradient.
 
     Example:
 
     ```python
     trainer = RLOOTrainer(...)
-    trainer.add_callback(KLPenaltyCallback(trainer, kl_estimator="k1", kl_reduction="mean"))
+    trainer.add_callback(KLPenaltyCallback(trainer, kl_estimator="exact", kl_placement="both"))
     ```
     """
 
-    def __init__(self, trainer, kl_estimator: str = "k1", kl_reduction: str = "sum"):
-        kl.check_choice("kl_estimator", kl_estimator, kl.ESTIMATORS)
-        kl.check_choice("kl_reduction", kl_reduction, kl.REDUCTIONS)
-        self.kl_estimator, self.kl_reduction = kl_estimator, kl_reduction
-        # k1 and sum is what TRL computes: leaving it to TRL keeps every number the same bit for bit.
-        stock = (kl_estimator, kl_reduction) == ("k1", "sum")
-        rollout_seam(trainer).penalty = None if stock else self.penalty
+    def __init__(
+        self,
+        trainer,
+        kl_estimator: str = "k1",
+        kl_placement: str = "reward",
+        kl_reduction: str = "sum",
+        kl_direction: str = "reverse",
+        kl_budget_per_token: float | None = None,
+        kl_top_k: int = 64,
+        strict: bool = False,
+    ):
+        contract = kl.gradient_contract(kl_estimator, kl_placement, kl_reduction, kl_direction, kl_budget_per_token)
+        kl.warn_of_gradient(contract, f"kl_estimator {kl_estimator!r}, kl_placement {kl_placement!r}", strict)
+        if kl_top_k < 1:
+            raise ValueError(f"kl_top_k must be >= 1, got {kl_top_k}")
+        warn_of_sampling(trainer.args, kl_estimator)
+        self.trainer = trainer
+        self.kl_estimator, self.kl_placement, self.kl_reduction = kl_estimator, kl_placement, kl_reduction
+        self.kl_budget_per_token = kl_budget_per_token
+        self.options = {"direction": kl_direction, "k": kl_top_k} if kl_estimator in kl.FULL_VOCABULARY else {}
+        seam = rollout_seam(trainer)
+        if self.options:
+            seam.need_hidden_states()
+        # k1 and sum in the reward is what TRL computes: leaving it to TRL keeps every number the same bit for bit.
+        stock = (kl_estimator, kl_placement, kl_reduction, kl_budget_per_token) == ("k1", "reward", "sum", None)
+        seam.reward_penalty = None if stock else self.reward_penalty
+        seam.loss_penalty = self.penalty if kl_placement in ("loss", "both") else None
+        seam.budget_per_token = kl_budget_per_token
 
     def penalty(self, rollout: Rollout) -> torch.Tensor:
-        per_token_kl = kl.ESTIMATORS[self.kl_estimator](rollout.ref_log_ratio)  # (B, T)
-        return kl.reduce_per_sequence(per_token_kl, rollout.completion_mask, self.kl_reduction)  # (B,)
+        """What beta multiplies, one number a completion: (B,)."""
+        per_token_kl = rollout.per_token_kl(self.kl_estimator, **self.options)  # (B, T)
+        penalty = kl.reduce_per_sequence(per_token_kl, rollout.completion_mask, self.kl_reduction)  # (B,)
+        if self.kl_budget_per_token is None:
+            return penalty
+        return kl.over_budget(penalty, rollout.completion_mask, self.kl_reduction, self.kl_budget_per_token)
+
+    def reward_penalty(self, rollout: Rollout) -> torch.Tensor:
+        penalty = self.penalty(rollout)
+        return torch.zeros_like(penalty) if self.kl_placement == "loss" else penalty
+
+
+class KLMonitorCallback(TrainerCallback):
+    """Logs the KL as several estimators see it, in both units, over all processes, under `kl/`.
+
+    `kl/{k1,k2,k3}_per_token` and `_per_sequence`, with `exact` also `kl/exact_...`; `kl/max_per_sequence`, the
+    furthest completion of the batch; `kl/beta`; `kl/share_of_spread`, the standard deviation of the penalty in the
+    reward over that of penalty and reward added up; with a budget `kl/budget_use`, KL over budget, and
+    `kl/over_budget_share`.
+
+    Args:
+        trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
+        exact (`bool`, *optional*, defaults to `False`): Log the full-vocabulary KL too.
+        load_reference (`bool`, *optional*, defaults to `False`):
+            At `beta` 0 a trainer without LoRA has no reference: load it, a second model, only to watch the KL.
+    """
+
+    def __init__(self, trainer, exact: bool = False, load_reference: bool = False):
+        self.trainer, self.seam = trainer, rollout_seam(trainer)
+        if self.seam.has_free_reference or load_reference:
+            self.seam.need_reference_at_beta_zero()
+        self.names = ("k1", "k2", "k3", "exact") if exact else ("k1", "k2", "k3")
+        if exact:
+            self.seam.need_hidden_states()
+        warn_of_sampling(trainer.args, "exact" if exact else "k1")
+        self.seam.observers.append(self.observe)
+
+    def observe(self, rollout: Rollout) -> None:
+        accelerator, metrics, mask = self.trainer.accelerator, self.seam.metrics, rollout.completion_mask
+        per_sequence = {  # (B,) each
+            name: kl.reduce_per_sequence(rollout.per_token_kl(name), mask, "sum") for name in self.names
+        }
+        lengths = mask.sum(-1)
+        budget = self.seam.budget_per_token
+        best = per_sequence[self.names[-1] if "exact" in self.names else "k1"]
+        sums = [lengths.sum(), torch.ones_like(lengths).sum(), *(values.sum() for values in per_sequence.values())]
+        if budget:
+            use = best / (budget * lengths.clamp(min=1))
+            sums += [use.sum(), (use > 1).sum()]
+        tokens, sequences, *totals = accelerator.reduce(torch.stack([s.double() for s in sums]), "sum").tolist()
+        for name, total in zip(self.names, totals, strict=False):
+            metrics[f"kl/{name}_per_token"].append(total / max(tokens, 1))
+            metrics[f"kl/{name}_per_sequence"].append(total / sequences)
+        if budget:
+            metrics["kl/budget_use"].append(totals[-2] / sequences)
+            metrics["kl/over_budget_share"].append(totals[-1] / sequences)
+        metrics["kl/max_per_sequence"].append(accelerator.gather(best).max().item())
+        metrics["kl/beta"].append(self.trainer.beta)
+        if self.trainer.beta != 0:
+            penalty_std = self.trainer.beta * accelerator.gather(self.seam.last_penalty).std(correction=0).item()
+            reward_std = last_rewards(self.trainer)[-int(sequences) :].std(correction=0).item()
+            spread = penalty_std + reward_std
+            metrics["kl/share_of_spread"].append(penalty_std / spread if spread else 0.0)
+
+
+def warn_of_sampling(args, kl_estimator: str) -> None:
+    """Say that completions are not drawn from the distributions whose log-probabilities are compared."""
+    truncated = [
+        f"{name}={value}"
+        for name, value, off in (
+            ("top_k", args.top_k, (0, None)),
+            ("top_p", args.top_p, (1.0, None)),
+            ("min_p", args.min_p, (0.0, None)),
+        )
+        if value not in off
+    ]
+    if truncated and kl_estimator in kl.SAMPLED:
+        warnings.warn(
+            f"{', '.join(truncated)}: completions are sampled from a truncated policy, so sampled estimates of the KL "
+            "are biased; kl_estimator 'exact' is not, at the states that are visited.",
+            stacklevel=3,
+        )
+    if args.temperature != 1:
+        warnings.warn(
+            f"temperature={args.temperature}: TRL divides the logits of policy and reference by it, so every KL here "
+            "is that of the tempered policies, not of the models at temperature 1.",
+            stacklevel=3,
+        )
 
 
 class MetricsFileCallback(TrainerCallback):

@@ -47,7 +47,7 @@ class StoryLMArguments:
 
     output_dir: str = field(default=str(MODEL_PATH), metadata={"help": "Folder for weights, tokenizer and card."})
     seed: int = field(default=0, metadata={"help": "Seed of the corpus, the initial weights and the order."})
-    stories: int = field(default=88_000, metadata={"help": "Stories to train on, each seen once."})
+    stories: int = field(default=84_000, metadata={"help": "Stories to train on, each seen once."})
     vocab_size: int = field(default=4_608, metadata={"help": "Byte-level BPE vocabulary, special tokens included."})
     hidden_size: int = field(default=144, metadata={"help": "Width of the model."})
     intermediate_size: int = field(default=432, metadata={"help": "Width of its feed-forward layers."})

@@ -1,0 +1,349 @@
+"""Every row of the gradient contract, by enumeration of all completions of a 2-step, 5-token model in float64.
+
+What is summed up is what training runs: TRL's scoring and advantages with our penalty in them, TRL's loss with our term
+on it, one completion at a time, each weighted by its probability. What it is compared with is autograd through the
+definition of each objective, written here from the model's full logits.
+"""
+
+import itertools
+
+import pytest
+import torch
+import transformers
+import trl.trainer.utils
+from datasets import Dataset
+from peft import LoraConfig
+from trl import RLOOConfig, RLOOTrainer
+
+from kl_alliteration import KLPenaltyCallback, kl
+
+V, STEPS, K, BETA = 5, 2, 2, 0.7
+PROMPT = [3, 4]
+
+
+class Float64Head:
+    """TRL's fused head computes in float32; this stands in for it and says the same in float64."""
+
+    @staticmethod
+    def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
+        log_probs = torch.nn.functional.linear(hidden, weight, bias).log_softmax(-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1).detach()
+        return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy, None, None, None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("enumerated")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=trl_tokenizer(), eos_token="e", pad_token="p", padding_side="left"
+    )
+    tokenizer.save_pretrained(folder)
+    transformers.set_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=V, n_embd=8, n_layer=1, n_head=2, n_positions=8, eos_token_id=0, bos_token_id=None, pad_token_id=1
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def trl_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate("epabc")}, unk_token="p"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+FIXED = [list(ids) for ids in itertools.product(range(V), repeat=STEPS)]
+ENDING = [[0], *(ids for ids in FIXED if ids[0] != 0)]  # token 0 ends a completion
+
+
+@pytest.fixture
+def enumerated(folder, tmp_path, monkeypatch):
+    """`enumerated(completions, lora=False)`: a stock trainer whose generation batch is all completions there are."""
+
+    def make(completions=FIXED, lora=False):
+        monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Float64Head)
+        trainer = RLOOTrainer(
+            model=str(folder),
+            reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+            args=RLOOConfig(
+                output_dir=str(tmp_path),
+                beta=BETA,
+                per_device_train_batch_size=len(completions),
+                num_generations=len(completions),
+                max_completion_length=STEPS,
+                model_init_kwargs={"dtype": torch.float64},
+                gradient_checkpointing=False,
+                report_to="none",
+                use_cpu=True,
+                bf16=False,
+            ),
+            train_dataset=Dataset.from_dict({"prompt": ["b c"] * len(completions)}),
+            peft_config=LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM") if lora else None,
+        )
+        trainer._generate = lambda prompts: ([PROMPT] * len(prompts), completions, ["" for _ in prompts])
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in parameters(trainer):
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+        return trainer
+
+    return make
+
+
+def parameters(trainer) -> list[torch.Tensor]:
+    return [p for p in trainer.model.parameters() if p.requires_grad]
+
+
+def flat(gradients) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in gradients])
+
+
+def trained_gradient(trainer, completions=FIXED) -> torch.Tensor:
+    """E[gradient of the loss] / beta over all completions: with no reward but the penalty, that of E[penalty]."""
+    n = len(completions)
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([{"prompt": "b c"}] * n)
+    # Leave-one-out over n completions is n / (n - 1) times "less the mean", and a constant baseline adds nothing.
+    batch["advantages"] = batch["advantages"] * (n - 1) / n
+    total = 0
+    for i in range(n):
+        row = {name: value[i : i + 1] for name, value in batch.items()}
+        loss = trainer._compute_loss(trainer.model, row)
+        gradient = torch.autograd.grad(loss, parameters(trainer), allow_unused=True)
+        gradient = [
+            torch.zeros_like(p) if g is None else g for g, p in zip(gradient, parameters(trainer), strict=True)
+        ]
+        total = total + batch["old_logps"][i].exp() * flat(gradient)
+    return total / BETA
+
+
+class Tables:
+    """Next-token log-probabilities of policy (with gradient) and reference: first (V,), second (V, V)."""
+
+    def __init__(self, trainer, reference_off=None):
+        self.trainer = trainer
+        self.p1, self.p2 = self._of(trainer.model)
+        with torch.no_grad():
+            if trainer.ref_model is not None:
+                self.q1, self.q2 = self._of(trainer.ref_model)
+            else:
+                with trainer.model.disable_adapter():
+                    self.q1, self.q2 = self._of(trainer.model)
+
+    def _of(self, model):
+        first = torch.tensor([PROMPT])
+        second = torch.tensor([[*PROMPT, v] for v in range(V)])
+        logits = [model(ids).logits[:, -1].log_softmax(-1) for ids in (first, second)]
+        return logits[0][0], logits[1]
+
+    def states(self):
+        """(how likely the state is, log p, log q) of all 1 + V states; the first is certain."""
+        yield torch.ones((), dtype=torch.float64), self.p1, self.q1
+        for v in range(V):
+            yield self.p1[v].exp(), self.p2[v], self.q2[v]
+
+    def gradient(self, objective: torch.Tensor) -> torch.Tensor:
+        ps = parameters(self.trainer)
+        found = torch.autograd.grad(objective, ps, allow_unused=True)
+        return flat([torch.zeros_like(p) if g is None else g for g, p in zip(found, ps, strict=True)])
+
+
+def reverse_kl(t: Tables):
+    """KL(policy || reference) of whole completions, summed over the 25 of them."""
+    log_p, log_q = t.p1[:, None] + t.p2, t.q1[:, None] + t.q2
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def expected(t: Tables, f):
+    """E[sum of f(log-ratio)], states and all."""
+    return sum(w * (p.exp() * f(p - q)).sum() for w, p, q in t.states())
+
+
+def per_state(t: Tables, f):
+    """sum over states of f(log p, log q), states held fixed: a partial objective."""
+    return sum(w.detach() * f(p, q) for w, p, q in t.states())
+
+
+def future_only(t: Tables, f):
+    """The divergences held fixed, the probability of getting into their states not."""
+    return sum(w * f(p, q).detach() for w, p, q in t.states())
+
+
+def kl_reverse(p, q):
+    return (p.exp() * (p - q)).sum()
+
+
+def kl_forward(p, q):
+    return (q.exp() * (q - p)).sum()
+
+
+def twice_tv(p, q):
+    return (p.exp() - q.exp()).abs().sum()
+
+
+def likeliest(p):
+    return torch.zeros(V, dtype=torch.bool).scatter(0, p.detach().topk(K).indices, True)
+
+
+def half_square(x):
+    return x * x / 2
+
+
+def textbook_k3(x):
+    return torch.exp(-x) - 1 + x
+
+
+NOTHING = None  # a gradient of zero
+ROWS = {
+    ("k1", "reward"): reverse_kl,
+    ("k1", "loss"): NOTHING,
+    ("k1", "both"): reverse_kl,
+    ("k2", "reward"): lambda t: expected(t, half_square) - per_state(t, kl_reverse),
+    ("k2", "loss"): lambda t: per_state(t, kl_reverse),
+    ("k2", "both"): lambda t: expected(t, half_square),
+    ("k3", "reward"): lambda t: reverse_kl(t) - per_state(t, kl_forward),
+    ("k3", "loss"): lambda t: per_state(t, kl_forward),
+    ("k3", "both"): reverse_kl,
+    ("abs", "reward"): lambda t: expected(t, torch.abs) - per_state(t, twice_tv),
+    ("abs", "loss"): lambda t: per_state(t, twice_tv),
+    ("abs", "both"): lambda t: expected(t, torch.abs),
+    ("exact", "reward"): lambda t: future_only(t, kl_reverse),
+    ("exact", "loss"): lambda t: per_state(t, kl_reverse),
+    ("exact", "both"): reverse_kl,
+    ("top_k", "reward"): lambda t: (
+        future_only(t, kl_reverse) + per_state(t, lambda p, q: (p.exp() * (p - q).detach())[~likeliest(p)].sum())
+    ),
+    ("top_k", "loss"): lambda t: per_state(t, lambda p, q: (p.exp() * (p - q).detach())[likeliest(p)].sum()),
+    ("top_k", "both"): reverse_kl,
+}
+FORWARD_ROWS = {
+    "reward": lambda t: future_only(t, kl_forward),
+    "loss": lambda t: per_state(t, kl_forward),
+    "both": lambda t: sum(w * kl_forward(p, q) for w, p, q in t.states()),
+}
+
+
+def assert_row(trainer, objective, scale=1.0):
+    found = trained_gradient(trainer)
+    t = Tables(trainer)
+    wanted = torch.zeros_like(found) if objective is NOTHING else scale * t.gradient(objective(t))
+    assert objective is NOTHING or wanted.abs().max() > 1e-3
+    torch.testing.assert_close(found, wanted, atol=1e-10, rtol=0)
+
+
+def test_the_contract_has_these_rows_and_no_others():
+    assert set(kl.CONTRACT) == set(ROWS) == set(itertools.product(kl.estimators(), kl.PLACEMENTS))
+    assert set(kl.FORWARD) == set(FORWARD_ROWS)
+
+
+@pytest.mark.filterwarnings("ignore:kl_estimator")
+@pytest.mark.parametrize("reduction", kl.REDUCTIONS)
+@pytest.mark.parametrize("row", ROWS, ids="-".join)
+def test_row(enumerated, row, reduction):
+    trainer = enumerated()
+    KLPenaltyCallback(trainer, *row, kl_reduction=reduction, kl_top_k=K)
+    assert_row(trainer, ROWS[row], scale=1.0 if reduction == "sum" else 1 / STEPS)
+
+
+@pytest.mark.filterwarnings("ignore:kl_estimator")
+@pytest.mark.parametrize("placement", kl.PLACEMENTS)
+def test_row_of_the_forward_kl(enumerated, placement):
+    trainer = enumerated()
+    KLPenaltyCallback(trainer, "exact", placement, kl_direction="forward")
+    assert_row(trainer, FORWARD_ROWS[placement])
+
+
+@pytest.mark.parametrize("row", [("k1", "reward"), ("k2", "loss"), ("exact", "both"), ("top_k", "both")], ids="-".join)
+def test_row_with_lora(enumerated, row):
+    trainer = enumerated(lora=True)
+    KLPenaltyCallback(trainer, *row, kl_top_k=K)
+    assert_row(trainer, ROWS[row])
+
+
+def ending_terms(t: Tables):
+    """(log-probability, sum of log-ratios, sum of exact KLs, length) of each completion where token 0 ends one."""
+    for first, *rest in ENDING:
+        log_p, ratio, exact = t.p1[first], t.p1[first] - t.q1[first], kl_reverse(t.p1, t.q1)
+        for second in rest:
+            log_p, ratio = log_p + t.p2[first, second], ratio + t.p2[first, second] - t.q2[first, second]
+            exact = exact + kl_reverse(t.p2[first], t.q2[first])
+        yield log_p, ratio, exact, 1 + len(rest)
+
+
+@pytest.mark.parametrize(("estimator", "placement"), [("k1", "reward"), ("exact", "both")])
+def test_mean_where_lengths_vary(enumerated, estimator, placement):
+    """Each completion by its own length: the gradient of E[KL / length] for exact, and for k1 in the reward."""
+    trainer = enumerated(ENDING)
+    KLPenaltyCallback(trainer, estimator, placement, kl_reduction="mean")
+    t = Tables(trainer)
+    if estimator == "k1":
+        objective = sum(p.exp() * ratio.detach() / n for p, ratio, _, n in ending_terms(t))
+    else:
+        objective = sum(p.exp() * exact / n for p, _, exact, n in ending_terms(t))
+    torch.testing.assert_close(trained_gradient(trainer, ENDING), t.gradient(objective), atol=1e-10, rtol=0)
+
+
+BUDGET = 0.35  # nats per token: about half of the completions are beyond it
+
+
+@pytest.mark.parametrize("reduction", kl.REDUCTIONS)
+@pytest.mark.parametrize("row", [("k1", "reward"), ("exact", "loss"), ("exact", "both")], ids="-".join)
+def test_budget(enumerated, row, reduction):
+    """Within the budget nothing; beyond it the row's own gradient, of the completions beyond it."""
+    trainer = enumerated(ENDING)
+    KLPenaltyCallback(trainer, *row, kl_reduction=reduction, kl_budget_per_token=BUDGET)
+    t = Tables(trainer)
+    objective, beyond = 0, 0
+    for log_p, ratio, exact, n in ending_terms(t):
+        value = (ratio if row[0] == "k1" else exact) / (n if reduction == "mean" else 1)
+        excess = (value - BUDGET * (1 if reduction == "mean" else n)).clamp(min=0)
+        beyond += excess.item() > 0
+        probability = log_p.exp()
+        if row[1] == "reward":
+            excess = excess.detach()
+        if row[1] == "loss":
+            probability = probability.detach()
+        objective = objective + probability * excess
+    assert 0 < beyond < len(ENDING)
+    torch.testing.assert_close(trained_gradient(trainer, ENDING), t.gradient(objective), atol=1e-10, rtol=0)
+
+
+def test_no_gradient_within_the_budget(enumerated):
+    trainer = enumerated()
+    KLPenaltyCallback(trainer, "exact", "both", kl_budget_per_token=100.0)
+    assert trained_gradient(trainer).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (("k1", "loss"), "zero.*Use k2 in the loss"),
+        (("k3", "reward"), "vanishes near the reference.*Use k1 in the reward"),
+        (("exact", "reward"), "no own-token term.*Use exact in both"),
+    ],
+)
+def test_a_null_or_wrong_gradient_warns_or_stops(enumerated, row, words):
+    trainer = enumerated()
+    with pytest.warns(UserWarning, match=words):
+        KLPenaltyCallback(trainer, *row)
+    with pytest.raises(ValueError, match=words):
+        KLPenaltyCallback(trainer, *row, strict=True)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("row", [("k1", "reward"), ("k2", "loss"), ("k3", "both"), ("exact", "both")], ids="-".join)
+def test_a_good_choice_is_silent(enumerated, row):
+    KLPenaltyCallback(enumerated(), *row, strict=True)
+
+
+def test_words_name_reduction_and_budget():
+    words = kl.gradient_contract("exact", "both", "mean", budget_per_token=0.1).gradient
+    assert (
+        "reverse KL" in words and "divided by the completion's length" in words and "none within the budget" in words
+    )
+    assert "forward KL" in kl.gradient_contract("exact", "loss", direction="forward").gradient
