@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 import trl
+from peft import PeftModel
 from trl.trainer.utils import (
     add_fused_lm_head,
     create_model_from_path,
@@ -220,12 +221,12 @@ class RolloutSeam:
 
     def _causal_lm(self, model):
         model = self.trainer.accelerator.unwrap_model(model)
-        return model.get_base_model() if hasattr(model, "peft_config") else model
+        return model.get_base_model() if isinstance(model, PeftModel) else model
 
     @property
     def has_free_reference(self) -> bool:
         """With LoRA the reference is the model itself, adapter off."""
-        return hasattr(self.trainer.accelerator.unwrap_model(self.trainer.model), "peft_config")
+        return isinstance(self.trainer.accelerator.unwrap_model(self.trainer.model), PeftModel)
 
     def _keep_states(self, module, args, output):
         if self._states is not None:

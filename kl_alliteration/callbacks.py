@@ -20,7 +20,7 @@ class KLPenaltyCallback(TrainerCallback):
 
     It takes effect when it is made, at the price `trainer.beta`. TRL's metric `kl` keeps its meaning, the mean
     log-ratio in nats per token, whatever the penalty is. At `trainer.beta == 0` there is no penalty to choose.
-    [`kl.gradient_contract`] names the gradient of each choice; one that is null or wrong warns with what to use instead.
+    [`kl.gradient_contract`] names the gradient of each choice; a null or wrong one warns with what to use instead.
 
     Args:
         trainer ([`~trl.RLOOTrainer`]): The trainer, stock.

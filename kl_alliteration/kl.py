@@ -183,7 +183,7 @@ def over_budget(
 
     The budget is `budget_per_token` nats times the completion's counted tokens, whether the KL is summed or averaged.
     """
-    budget = budget_per_token * (completion_mask.sum(-1) if reduction == "sum" else 1)
+    budget = budget_per_token * (completion_mask.sum(-1).to(reduced_kl.dtype) if reduction == "sum" else 1)
     return (reduced_kl - budget).clamp(min=0)
 
 

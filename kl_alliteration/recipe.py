@@ -24,6 +24,8 @@ from .story_lm import MODEL_PATH, PROMPT
 # TinyStories-33M was trained with this tokenizer and ships none (its model card says so).
 TOKENIZER_OF = {"roneneldan/TinyStories-33M": "EleutherAI/gpt-neo-125M"}
 
+BETA_UNITS = ("sequence", "study")
+
 
 @dataclass
 class StoryArguments(ScriptArguments):
@@ -44,11 +46,30 @@ class StoryArguments(ScriptArguments):
         default_factory=lambda: ["kl_alliteration.rewards.alliteration_reward"],
         metadata={"help": "Rewards by dotted import path, summed (or weighted by --reward_weights)."},
     )
-    kl_estimator: str = field(default="k1", metadata={"help": f"KL estimator: {', '.join(kl.ESTIMATORS)}."})
+    kl_estimator: str = field(default="k1", metadata={"help": f"KL estimator: {', '.join(kl.estimators())}."})
+    kl_placement: str = field(
+        default="reward",
+        metadata={"help": "`reward`: subtracted from the reward, as in TRL; `loss`: differentiable; or `both`."},
+    )
     kl_reduction: str = field(
         default="sum",
         metadata={"help": "`sum`: beta is a price per nat of the sequence, as in TRL; `mean`: per nat of a token."},
     )
+    kl_direction: str = field(
+        default="reverse",
+        metadata={"help": "`reverse`, KL(policy || reference); with kl_estimator `exact` also `forward`."},
+    )
+    kl_budget_per_token: float | None = field(
+        default=None,
+        metadata={"help": "Nats per token that a story may spend for nothing; the penalty is on what is beyond."},
+    )
+    kl_top_k: int = field(default=64, metadata={"help": "Tokens that kl_estimator `top_k` takes in full."})
+    beta_unit: str = field(
+        default="sequence",
+        metadata={"help": "`sequence`: --beta is TRL's, per nat of a sequence; `study`: the study's, 99 times that."},
+    )
+    kl_monitor: bool = field(default=True, metadata={"help": "Log KL per token and per sequence under `kl/`."})
+    strict: bool = field(default=False, metadata={"help": "Stop where a choice has a null or wrong gradient."})
     show_stories_every: int = field(default=30, metadata={"help": "Steps between tables of stories; 0 shows none."})
     eval_stories: int = field(default=100, metadata={"help": "Fresh stories that are judged before and after."})
 
@@ -107,8 +128,11 @@ def one_line_errors(main):
 
 def check_options(args: StoryArguments, training_args, model_args) -> None:
     """Everything that can be refused before a model is loaded, and before anything is written."""
-    kl.check_choice("kl_estimator", args.kl_estimator, kl.ESTIMATORS)
-    kl.check_choice("kl_reduction", args.kl_reduction, kl.REDUCTIONS)
+    penalty = args.kl_estimator, args.kl_placement, args.kl_reduction, args.kl_direction, args.kl_budget_per_token
+    contract = kl.gradient_contract(*penalty)
+    if args.strict:
+        kl.warn_of_gradient(contract, f"kl_estimator {args.kl_estimator!r}, kl_placement {args.kl_placement!r}", True)
+    kl.check_choice("beta_unit", args.beta_unit, BETA_UNITS)
     if not training_args.beta >= 0 or math.isinf(training_args.beta):
         raise ValueError(f"beta must be >= 0 and finite, got {training_args.beta}; 0 trains without a penalty")
     if args.eval_stories < 1:
@@ -215,6 +239,8 @@ def parse_recipe(parser: RecipeParser, argv: list[str] | None = None):
     """`(StoryArguments, RLOOConfig, ModelConfig)` of a recipe, with the embedded model and this device's precision."""
     args, training_args, model_args = parser.parse(argv)
     model_args.model_name_or_path = model_args.model_name_or_path or str(MODEL_PATH)
+    if args.beta_unit == "study":
+        training_args.beta = kl.study_beta(training_args.beta)
     if "tensorboard" in training_args.report_to and not is_tensorboard_available():
         training_args.report_to.remove("tensorboard")
         print("TensorBoard is not installed, so it gets no logs: pip install 'kl_alliteration[tensorboard]'")

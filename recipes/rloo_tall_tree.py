@@ -22,6 +22,7 @@ from trl import ModelConfig, RLOOConfig, RLOOTrainer, get_peft_config, get_quant
 from trl.data_utils import maybe_apply_chat_template
 
 from kl_alliteration import (
+    KLMonitorCallback,
     KLPenaltyCallback,
     MetricsFileCallback,
     StoryProgressCallback,
@@ -58,7 +59,20 @@ def build_trainer(args: StoryArguments, training_args: RLOOConfig, model_args: M
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.add_callback(KLPenaltyCallback(trainer, args.kl_estimator, args.kl_reduction))
+    trainer.add_callback(
+        KLPenaltyCallback(
+            trainer,
+            kl_estimator=args.kl_estimator,
+            kl_placement=args.kl_placement,
+            kl_reduction=args.kl_reduction,
+            kl_direction=args.kl_direction,
+            kl_budget_per_token=args.kl_budget_per_token,
+            kl_top_k=args.kl_top_k,
+            strict=args.strict,
+        )
+    )
+    if args.kl_monitor:
+        trainer.add_callback(KLMonitorCallback(trainer, exact=args.kl_estimator == "exact"))
     trainer.add_callback(MetricsFileCallback(trainer, Path(training_args.output_dir, "metrics.jsonl")))
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)

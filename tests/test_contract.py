@@ -1,8 +1,8 @@
 """Every row of the gradient contract, by enumeration of all completions of a 2-step, 5-token model in float64.
 
-What is summed up is what training runs: TRL's scoring and advantages with our penalty in them, TRL's loss with our term
-on it, one completion at a time, each weighted by its probability. What it is compared with is autograd through the
-definition of each objective, written here from the model's full logits.
+What is summed up is what training runs: TRL's scoring and advantages with our penalty in them, TRL's loss with our
+term on it, one completion at a time, each weighted by its probability. What it is compared with is autograd through
+the definition of each objective, written here from the model's full logits.
 """
 
 import itertools
@@ -39,9 +39,9 @@ def folder(tmp_path_factory):
     )
     tokenizer.save_pretrained(folder)
     transformers.set_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=V, n_embd=8, n_layer=1, n_head=2, n_positions=8, eos_token_id=0, bos_token_id=None, pad_token_id=1
-    )
+    sizes = {"vocab_size": V, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    special = {"eos_token_id": 0, "bos_token_id": None, "pad_token_id": 1}
+    config = transformers.GPT2Config(**sizes, **special, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
     model = transformers.GPT2LMHeadModel(config)
     with torch.no_grad():
         model.lm_head.weight.normal_(std=0.5)
@@ -232,7 +232,7 @@ def assert_row(trainer, objective, scale=1.0):
     found = trained_gradient(trainer)
     t = Tables(trainer)
     wanted = torch.zeros_like(found) if objective is NOTHING else scale * t.gradient(objective(t))
-    assert objective is NOTHING or wanted.abs().max() > 1e-3
+    assert objective is NOTHING or wanted.abs().max() > 1e-4
     torch.testing.assert_close(found, wanted, atol=1e-10, rtol=0)
 
 
@@ -288,7 +288,7 @@ def test_mean_where_lengths_vary(enumerated, estimator, placement):
     torch.testing.assert_close(trained_gradient(trainer, ENDING), t.gradient(objective), atol=1e-10, rtol=0)
 
 
-BUDGET = 0.35  # nats per token: about half of the completions are beyond it
+BUDGET = 1.6  # nats per token: some completions are within it, some beyond
 
 
 @pytest.mark.parametrize("reduction", kl.REDUCTIONS)
@@ -335,7 +335,7 @@ def test_a_null_or_wrong_gradient_warns_or_stops(enumerated, row, words):
         KLPenaltyCallback(trainer, *row, strict=True)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("row", [("k1", "reward"), ("k2", "loss"), ("k3", "both"), ("exact", "both")], ids="-".join)
 def test_a_good_choice_is_silent(enumerated, row):
     KLPenaltyCallback(enumerated(), *row, strict=True)

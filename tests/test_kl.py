@@ -12,6 +12,7 @@ def test_estimators_at_log_two_by_hand():
     assert kl.k2(x).tolist()[0] == pytest.approx([0.2402265069591007] * 2)
     # k3 = 1/2 - 1 + ln 2 and 2 - 1 - ln 2
     assert kl.k3(x).tolist()[0] == pytest.approx([0.1931471805599453, 0.3068528194400547])
+    assert kl.absolute(x).tolist()[0] == pytest.approx([0.6931471805599453] * 2)
 
 
 def test_expectations_by_enumeration():
@@ -25,11 +26,11 @@ def test_expectations_by_enumeration():
     assert abs((p * kl.k2(ratio)).sum().item() - exact.item()) > 0.05
 
 
-@pytest.mark.parametrize("name", kl.ESTIMATORS)
+@pytest.mark.parametrize("name", kl.SAMPLED)
 @pytest.mark.parametrize("value", [-100.0, -30.0, 0.0, 30.0, 100.0])
 def test_far_from_the_reference_values_and_gradients_stay_finite(name, value):
     x = torch.tensor([value], requires_grad=True)
-    estimate = kl.ESTIMATORS[name](x)
+    estimate = kl.SAMPLED[name](x)
     estimate.sum().backward()
     assert torch.isfinite(estimate).all() and torch.isfinite(x.grad).all()
     if name != "k1" and value:
@@ -52,3 +53,35 @@ def test_reductions_by_hand():
 def test_a_wrong_reduction_names_field_value_and_choices():
     with pytest.raises(ValueError, match="kl_reduction must be one of sum, mean, got 'max'"):
         kl.reduce_per_sequence(torch.zeros(1, 1), torch.ones(1, 1), "max")
+
+
+def test_what_is_over_budget_by_hand():
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]])
+    # 0.5 nats a token: 1.0, 1.5 and 0 nats for the sequences
+    assert kl.over_budget(torch.tensor([3.0, 1.0, 0.0]), mask, "sum", 0.5).tolist() == [2.0, 0.0, 0.0]
+    assert kl.over_budget(torch.tensor([0.75, 0.25, 0.0]), mask, "mean", 0.5).tolist() == [0.25, 0.0, 0.0]
+
+
+def test_the_study_s_unit_by_hand():
+    """40 on a mean over 99 positions is 40 / 99 on their sum."""
+    assert kl.study_beta(40) == pytest.approx(0.40404, abs=1e-5)
+    assert kl.study_beta(100, positions=50) == 2.0
+    assert kl.to_study_beta(kl.study_beta(5.0)) == pytest.approx(5.0)
+    ratios = torch.linspace(-1, 2, 99)
+    assert kl.study_beta(40) * ratios.sum() == pytest.approx((40 * ratios.mean()).item())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "k4"}, "kl_estimator must be one of k1, k2, k3, abs, exact, top_k, got 'k4'"),
+        ({"placement": "both ways"}, "kl_placement must be one of reward, loss, both, got 'both ways'"),
+        ({"direction": "up"}, "kl_direction must be one of reverse, forward, got 'up'"),
+        ({"direction": "forward"}, "kl_direction 'forward' needs kl_estimator 'exact', got 'k1'"),
+        ({"budget_per_token": -0.1}, "kl_budget_per_token must be >= 0 and finite, got -0.1"),
+        ({"placement": "loss", "budget_per_token": 0.1}, "in the loss needs kl_estimator exact or top_k, got 'k1'"),
+    ],
+)
+def test_what_is_no_penalty_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        kl.gradient_contract(**{"estimator": "k1"} | options)

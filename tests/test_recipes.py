@@ -115,7 +115,7 @@ def test_conversational_prompts(tmp_path, tiny_model):
     ("options", "says"),
     [
         (["--bta", "0.1"], "unknown option --bta; did you mean --beta?"),
-        (["--kl_estimator", "k4"], "kl_estimator must be one of k1, k2, k3, got 'k4'"),
+        (["--kl_estimator", "k4"], "kl_estimator must be one of k1, k2, k3, abs, exact, top_k, got 'k4'"),
         (["--kl_reduction", "max"], "kl_reduction must be one of sum, mean, got 'max'"),
         (["--beta", "-1"], "beta must be >= 0 and finite, got -1.0"),
         (["--beta", "nan"], "beta must be >= 0 and finite, got nan"),

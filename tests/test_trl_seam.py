@@ -45,7 +45,7 @@ def test_call_order_in_a_generation_batch(make_trainer, beta, expected):
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 3])
 def test_k1_sum_equals_the_stock_trainer_bit_for_bit(make_trainer, lora, accumulation):
     stock = make_trainer(lora=lora, gradient_accumulation_steps=accumulation)
     expected = logged(stock)
@@ -126,22 +126,112 @@ def test_a_changed_call_order_is_refused(make_trainer):
         trainer.train()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kl_estimator": "k4"}, "kl_estimator must be one of k1, k2, k3, got 'k4'"),
-        ({"kl_reduction": "max"}, "kl_reduction must be one of sum, mean, got 'max'"),
-    ],
-)
-def test_wrong_options_are_refused(make_trainer, options, message):
-    with pytest.raises(ValueError, match=message):
-        KLPenaltyCallback(make_trainer(), **options)
-
-
-def test_an_estimator_is_one_function(make_trainer, monkeypatch):
-    monkeypatch.setitem(kl.ESTIMATORS, "zero", torch.zeros_like)
-    trainer = make_trainer(beta=7.0, max_steps=1)
-    KLPenaltyCallback(trainer, kl_estimator="zero")
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("placement", kl.PLACEMENTS)
+@pytest.mark.parametrize("table", ["SAMPLED", "FULL_VOCABULARY"])
+def test_an_estimator_is_one_function(make_trainer, monkeypatch, table, placement):
+    """A new name in a table is all it takes; here one that is 2 for each token of either kind."""
+    functions = {"SAMPLED": lambda x: 0 * x + 2, "FULL_VOCABULARY": lambda log_p, log_q, ids: 0 * log_p.sum(-1) + 2}
+    monkeypatch.setitem(getattr(kl, table), "two", functions[table])
+    trainer = make_trainer(max_steps=1, warmup_steps=0)
+    KLPenaltyCallback(trainer, "two", placement, kl_reduction="mean")
+    seam = trainer._kl_alliteration_seam
     trainer.train()
-    rollout = trainer._kl_alliteration_seam._rollout
-    assert trainer._kl_alliteration_seam.penalty(rollout).abs().max() == 0
+    assert seam.last_penalty.tolist() == [0.0 if placement == "loss" else 2.0] * 8
+
+
+def test_a_wrong_option_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="kl_estimator must be one of k1, k2, k3, abs, exact, top_k, got 'k4'"):
+        KLPenaltyCallback(make_trainer(), kl_estimator="k4")
+    with pytest.raises(ValueError, match="kl_top_k must be >= 1, got 0"):
+        KLPenaltyCallback(make_trainer(), kl_estimator="top_k", kl_placement="both", kl_top_k=0)
+
+
+def losses(trainer) -> list[tuple]:
+    """Trains, and says for each micro-batch what went into `_compute_loss` and what TRL's and our loss were."""
+    seam, seen = trainer._kl_alliteration_seam, []
+    ours, stock = trainer._compute_loss, seam._compute_loss
+
+    def spy_stock(model, inputs):
+        seen.append([inputs, stock(model, inputs)])
+        return seen[-1][1]
+
+    def spy_ours(model, inputs):
+        loss = ours(model, inputs)
+        seen[-1].append(loss.item())
+        return loss
+
+    seam._compute_loss, trainer._compute_loss = spy_stock, spy_ours
+    trainer.train()
+    return seen
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("estimator", ["k2", "exact"])
+def test_the_loss_s_term_follows_shuffling_accumulation_and_iterations(make_trainer, estimator, lora):
+    """Reference values stay with their completions, the term is new at each pass, and earlier samples are weighted."""
+    options = {"gradient_accumulation_steps": 2, "num_iterations": 2, "per_device_train_batch_size": 4, "beta": 0.3}
+    trainer = make_trainer(lora=lora, max_steps=4, learning_rate=5e-2 if lora else 1e-2, **options)
+    KLPenaltyCallback(trainer, estimator, "loss")
+
+    def logps_of(model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        return model(ids, attention_mask=mask).logits[:, inputs["prompt_ids"].shape[1] - 1 : -1].log_softmax(-1)
+
+    terms = []
+    stock = trainer._kl_alliteration_seam._compute_loss
+
+    def expected(model, inputs):
+        with torch.no_grad():
+            log_p = logps_of(model, inputs)
+            if lora:
+                with model.disable_adapter():
+                    log_q = logps_of(model, inputs)
+            else:
+                log_q = logps_of(trainer.ref_model, inputs)
+            mask, ids = inputs["completion_mask"], inputs["completion_ids"].unsqueeze(-1)
+            logps, ref_logps = log_p.gather(-1, ids)[..., 0], log_q.gather(-1, ids)[..., 0]
+            exact = (log_p.exp() * (log_p - log_q)).sum(-1)
+            per_token = exact if estimator == "exact" else (logps - ref_logps) ** 2 / 2
+            ratio = ((logps * mask).sum(1) - inputs["old_logps"]).exp().clamp(0.8, 1.2)
+            terms.append((0.3 * (ratio * (per_token * mask).sum(1)).mean().item(), ratio))
+        return stock(model, inputs)
+
+    trainer._kl_alliteration_seam._compute_loss = expected
+    seen = losses(trainer)
+    assert len(seen) == 8
+    for (_, stock_loss, loss), (term, _) in zip(seen, terms, strict=True):
+        assert loss - stock_loss.item() == pytest.approx(term, rel=1e-3, abs=1e-5)
+    assert terms[-1][0] > 1e-3  # the policy has moved
+    assert max((ratio - 1).abs().max() for _, ratio in terms) > 1e-3  # and second passes are off-policy
+
+
+def test_accumulation_adds_the_same_term(make_trainer):
+    """Two micro-batches of 4 give the gradient of one batch of 8."""
+    gradients = []
+    for batch, accumulation in ((8, 1), (4, 2)):
+        trainer = make_trainer(
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+            optim="sgd",
+            max_grad_norm=0,
+        )
+        KLPenaltyCallback(trainer, "exact", "both")
+        trainer.train()
+        gradients.append([p.detach() for p in trainer.model.parameters()])
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
+
+
+def test_stock_plus_loss_term_needs_the_penalty_out_of_the_reward(make_trainer):
+    """`loss` alone leaves the rewards as they are: advantages of the plain rewards."""
+    trainer = make_trainer(max_steps=2, beta=5.0)
+    KLPenaltyCallback(trainer, "k2", "loss")
+    for inputs, _, _ in losses(trainer):
+        rewards = torch.tensor(list(trainer._logs["rewards"]["reward"])).view(-1, 4)
+        expected = (rewards - (rewards.sum(1, keepdim=True) - rewards) / 3).flatten()
+        if inputs is not None:
+            last = inputs["advantages"]
+    torch.testing.assert_close(last.sort().values, expected.sort().values)

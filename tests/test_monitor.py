@@ -1,0 +1,132 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kl_alliteration import KLMonitorCallback, KLPenaltyCallback
+from kl_alliteration._trl import Rollout
+
+
+def keep_rollouts(trainer) -> list[Rollout]:
+    rollouts = []
+    trainer._kl_alliteration_seam.observers.append(rollouts.append)
+    return rollouts
+
+
+def entries(trainer) -> list[dict]:
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "kl/k1_per_token" in entry]
+
+
+def test_every_number_of_a_batch(make_trainer):
+    """Against sums written out here, for a policy that has moved; `kl` is TRL's own."""
+    trainer = make_trainer(max_steps=4, beta=0.5)
+    KLPenaltyCallback(trainer, "k3", "both", kl_budget_per_token=None)
+    trainer.add_callback(KLMonitorCallback(trainer, exact=True))
+    rollouts = keep_rollouts(trainer)
+    entry, rollout = entries(trainer)[-1], rollouts[-1]
+    x, mask = rollout.logps - rollout.ref_logps, rollout.completion_mask
+    k3 = (torch.exp(-x) - 1 + x) * mask
+    assert entry["kl/k1_per_token"] == pytest.approx(((x * mask).sum() / mask.sum()).item(), abs=1e-6)
+    assert entry["kl"] == pytest.approx(entry["kl/k1_per_token"], abs=1e-6)
+    assert entry["kl/k1_per_sequence"] == pytest.approx((x * mask).sum(1).mean().item(), abs=1e-6)
+    assert entry["kl/k2_per_sequence"] == pytest.approx((x * x / 2 * mask).sum(1).mean().item(), abs=1e-6)
+    assert entry["kl/k3_per_token"] == pytest.approx((k3.sum() / mask.sum()).item(), abs=1e-6)
+    assert entry["kl/beta"] == 0.5
+    exact = rollout.per_token_kl("exact")
+    assert entry["kl/exact_per_token"] == pytest.approx(((exact * mask).sum() / mask.sum()).item(), abs=1e-6)
+    assert entry["kl/max_per_sequence"] == pytest.approx((exact * mask).sum(1).max().item(), abs=1e-6)
+    assert entry["kl/exact_per_token"] > 1e-4
+    rewards = torch.tensor(list(trainer._logs["rewards"]["reward"]))
+    penalty, reward = 0.5 * k3.sum(1).std(correction=0), rewards.std(correction=0)
+    assert entry["kl/share_of_spread"] == pytest.approx((penalty / (penalty + reward)).item(), rel=1e-4)
+    assert "kl/budget_use" not in entry
+
+
+def test_the_budget_s_use(make_trainer):
+    trainer = make_trainer(max_steps=4)
+    KLPenaltyCallback(trainer, "k1", kl_budget_per_token=0.004)
+    trainer.add_callback(KLMonitorCallback(trainer))
+    rollouts = keep_rollouts(trainer)
+    entry, rollout = entries(trainer)[-1], rollouts[-1]
+    mask = rollout.completion_mask
+    use = ((rollout.logps - rollout.ref_logps) * mask).sum(1) / (0.004 * mask.sum(1))
+    assert entry["kl/budget_use"] == pytest.approx(use.mean().item(), rel=1e-4)
+    assert entry["kl/over_budget_share"] == (use > 1).float().mean().item()
+    assert 0 < entry["kl/over_budget_share"] < 1
+
+
+def test_at_beta_zero_lora_has_its_reference_for_free(make_trainer):
+    trainer = make_trainer(lora=True, beta=0.0, learning_rate=5e-2)
+    trainer.add_callback(KLMonitorCallback(trainer, exact=True))
+    last = entries(trainer)[-1]
+    assert last["kl/exact_per_token"] > 1e-4 and last["kl/beta"] == 0 and "kl/share_of_spread" not in last
+
+
+def test_at_beta_zero_without_lora_a_reference_is_loaded_only_when_asked(make_trainer):
+    trainer = make_trainer(beta=0.0)
+    trainer.add_callback(KLMonitorCallback(trainer))
+    assert entries(trainer) == []
+    asked = make_trainer(beta=0.0)
+    asked.add_callback(KLMonitorCallback(asked, exact=True, load_reference=True))
+    rollouts = keep_rollouts(asked)
+    watched = entries(asked)
+    assert watched[0]["kl/exact_per_token"] == pytest.approx(0, abs=1e-6) and watched[-1]["kl/exact_per_token"] > 1e-4
+    assert rollouts[0].ref_logps.shape == rollouts[0].logps.shape
+    for a, b in zip(trainer.model.parameters(), asked.model.parameters(), strict=True):
+        assert torch.equal(a, b)  # watching changes nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "estimator", "words"),
+    [
+        ({"top_k": 50}, "k1", "top_k=50: .*sampled estimates of the KL are biased; kl_estimator 'exact' is not"),
+        ({"top_p": 0.9, "min_p": 0.1}, "k2", "top_p=0.9, min_p=0.1"),
+        ({"temperature": 0.7}, "exact", "temperature=0.7: .*tempered policies"),
+    ],
+)
+def test_truncated_sampling_is_said(make_trainer, options, estimator, words):
+    trainer = make_trainer(**options)
+    with pytest.warns(UserWarning, match=words):
+        KLPenaltyCallback(trainer, estimator, "both" if estimator == "exact" else "reward")
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_exact_is_the_remedy_for_truncation_and_plain_sampling_is_silent(make_trainer):
+    KLPenaltyCallback(make_trainer(top_k=50), "exact", "both")
+    KLMonitorCallback(make_trainer())
+
+
+@pytest.fixture(scope="module")
+def two_processes(tiny_model):
+    root = Path(__file__).parent.parent
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        root / "accelerate_configs/cpu.yaml",
+    ]
+    command = [*launch, "--num_processes", "2", root / "tests/two_processes.py", tiny_model]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    return json.loads(line.removeprefix("FOUND "))
+
+
+@pytest.mark.parametrize("case", ["same-full-1", "same-full-3", "same-lora-1", "same-lora-3"])
+def test_on_two_processes_k1_equals_the_stock_trainer_bit_for_bit(two_processes, case):
+    assert two_processes[case] is True
+
+
+def test_on_two_processes_means_are_of_all_completions(two_processes):
+    assert len(two_processes["lengths"]) == 8
+    for name, value in two_processes["pooled"].items():
+        assert two_processes["logged"][name] == pytest.approx(value, abs=1e-6)
+    assert two_processes["exact"] > 0
