@@ -103,18 +103,11 @@ def test_exact_is_the_remedy_for_truncation_and_plain_sampling_is_silent(make_tr
 
 @pytest.fixture(scope="module")
 def two_processes(tiny_model):
-    root = Path(__file__).parent.parent
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        root / "accelerate_configs/cpu.yaml",
-    ]
-    command = [*launch, "--num_processes", "2", root / "tests/two_processes.py", tiny_model]
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    # `accelerate launch` starts one process on a CPU without MPI; torchrun, which it uses on GPUs, starts two.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(Path(__file__).parent / "two_processes.py"), str(tiny_model)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     return json.loads(line.removeprefix("FOUND "))

@@ -1,4 +1,4 @@
-"""Run by tests/test_monitor.py under `accelerate launch --num_processes 2`, with the tiny model's folder.
+"""Run by tests/test_monitor.py on two processes, with the tiny model's folder.
 
 k1 in the reward against the stock trainer, full and LoRA, accumulation 1 and 3; and the monitor's means against sums
 over the completions of both processes. Process 0 prints one line of JSON.

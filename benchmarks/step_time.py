@@ -1,0 +1,110 @@
+"""What a KL choice costs: time of a training step against stock TRL, in turns in one process.
+
+    python benchmarks/step_time.py [--rounds 5] [--steps 5]
+
+Embedded model, batch 40 in groups of 10, 100 new tokens, learning rate 0, so that all train on the same completions.
+Each round trains every variant for `--steps` steps after one that is not counted, in another order. Prints a Markdown
+table of medians over all steps, relative to the stock trainer's, with the quartiles of the rounds' own ratios.
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+import warnings
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.utils import logging
+from trl import RLOOConfig, RLOOTrainer
+
+from kl_alliteration import KLMonitorCallback, KLPenaltyCallback, alliteration_reward
+from kl_alliteration.story_lm import MODEL_PATH, PROMPT
+
+VARIANTS = {
+    "stock": None,
+    "k1 in reward": {"kl_estimator": "k1"},
+    "k2 in loss": {"kl_estimator": "k2", "kl_placement": "loss"},
+    "k3 in both": {"kl_estimator": "k3", "kl_placement": "both"},
+    "abs in reward": {"kl_estimator": "abs"},
+    "budget of k1": {"kl_estimator": "k1", "kl_budget_per_token": 0.1},
+    "exact in reward": {"kl_estimator": "exact"},
+    "exact in both": {"kl_estimator": "exact", "kl_placement": "both"},
+    "top_k in both": {"kl_estimator": "top_k", "kl_placement": "both"},
+    "stock, monitored": {"monitor": True},
+}
+
+
+class StepTimes(TrainerCallback):
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def train(options: dict | None, steps: int) -> list[float]:
+    trainer = RLOOTrainer(
+        model=str(MODEL_PATH),
+        reward_funcs=alliteration_reward,
+        args=RLOOConfig(
+            output_dir=tempfile.mkdtemp(),
+            beta=0.25,
+            learning_rate=0.0,
+            num_generations=10,
+            per_device_train_batch_size=40,
+            max_completion_length=100,
+            max_steps=steps + 1,
+            save_strategy="no",
+            report_to="none",
+            gradient_checkpointing=False,
+            bf16=torch.cuda.is_available(),
+            disable_tqdm=True,
+            logging_steps=1000,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [PROMPT] * 1000}),
+    )
+    if options and options.get("monitor"):
+        trainer.add_callback(KLMonitorCallback(trainer))
+    elif options:
+        KLPenaltyCallback(trainer, **options)
+    times = StepTimes()
+    trainer.add_callback(times)
+    trainer.train()
+    return times.seconds[1:]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5)
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    seconds = {name: [] for name in VARIANTS}
+    for round_ in range(args.rounds):
+        names = list(VARIANTS)
+        random.Random(round_).shuffle(names)
+        for name in names:
+            seconds[name].append(train(VARIANTS[name], args.steps))
+    medians = {name: [statistics.median(steps) for steps in rounds] for name, rounds in seconds.items()}
+    whole = {name: statistics.median(sum(rounds, [])) for name, rounds in seconds.items()}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
+    print(f"{device}; {args.rounds * args.steps} steps each; stock step {whole['stock']:.2f} s\n")
+    print("| | step time / stock | quartiles of rounds |\n|---|---|---|")
+    for name in VARIANTS:
+        ratios = [mine / stock for mine, stock in zip(medians[name], medians["stock"], strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        print(f"| {name} | {whole[name] / whole['stock']:.3f} | {low:.3f} to {high:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
