@@ -6,6 +6,7 @@ the definition of each objective, written here from the model's full logits.
 """
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -347,3 +348,11 @@ def test_words_name_reduction_and_budget():
         "reverse KL" in words and "divided by the completion's length" in words and "none within the budget" in words
     )
     assert "forward KL" in kl.gradient_contract("exact", "loss", direction="forward").gradient
+
+
+def test_the_docs_show_the_table():
+    text = (Path(__file__).parent.parent / "docs" / "kl.md").read_text()
+    rows = {f"`{estimator}` | {placement}": row for (estimator, placement), row in kl.CONTRACT.items()}
+    rows |= {f"`exact`, forward | {placement}": row for placement, row in kl.FORWARD.items()}
+    for choice, row in rows.items():
+        assert f"| {choice} | {row.gradient} | {row.use_instead or ''} |" in text
