@@ -8,6 +8,7 @@ from .callbacks import (
     StoryTableCallback,
 )
 from .evaluation import Judgement, judge
+from .generation import use_fast_sampling
 from .report import plot_curves
 from .rewards import alliteration_reward
 
@@ -22,4 +23,5 @@ __all__ = [
     "alliteration_reward",
     "judge",
     "plot_curves",
+    "use_fast_sampling",
 ]

@@ -1,0 +1,184 @@
+"""The fast sampler against transformers' own `generate` and its logits processors."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig, GPT2Config, GPTNeoConfig, LlamaConfig, Qwen2Config
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from kl_alliteration import generation, use_fast_sampling
+
+V = 61
+SIZES = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+LLAMA = SIZES | {"intermediate_size": 48, "pad_token_id": 1, "eos_token_id": 0, "bos_token_id": None}
+NEO = {"vocab_size": V, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "pad_token_id": 1}
+CONFIGS = {
+    "llama": LlamaConfig(**LLAMA, num_key_value_heads=4),
+    "llama-gqa": LlamaConfig(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**LLAMA, num_key_value_heads=2),
+    "qwen2-sliding": Qwen2Config(
+        **LLAMA,
+        num_key_value_heads=4,
+        use_sliding_window=True,
+        sliding_window=2,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gpt2": GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, pad_token_id=1),
+    "gpt-neo": GPTNeoConfig(**NEO, attention_types=[[["global", "local"], 1]], window_size=8),
+}
+TARGETS = {"gpt2": ["c_attn", "c_proj"], "gpt-neo": ["q_proj", "v_proj", "c_fc"]}
+
+
+def build(name: str, lora: bool = False):
+    transformers.set_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.3)
+    if lora:
+        targets = TARGETS.get(name, ["q_proj", "v_proj", "down_proj"])
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")).eval()
+        with torch.no_grad():
+            for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
+                parameter.normal_(std=0.3)
+    return model
+
+
+def prompts(padded: bool):
+    ids = torch.randint(2, V, (5, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    if padded:
+        for row, gap in enumerate((0, 3, 6, 1, 5)):
+            ids[row, :gap], mask[row, :gap] = 1, 0
+    return ids, mask
+
+
+def options(**given) -> GenerationConfig:
+    return GenerationConfig(**{"max_new_tokens": 40, "pad_token_id": 1, "eos_token_id": 0} | given)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_tokens_equal_those_of_generate(name, padded, lora):
+    """40 tokens, well beyond the windows of 2 and 8; rows end at different places."""
+    model = build(name, lora)
+    ids, mask = prompts(padded)
+    config = options(do_sample=False, eos_token_id=[0, 17])
+    expected = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    found = generation.sample(generation.read_decoder(model), ids, mask, config)
+    assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_logits_are_the_model_s(name):
+    model = build(name)
+    ids, mask = prompts(padded=False)
+    decoder = generation.read_decoder(model)
+    decoder.start(mask, 7)
+    with torch.no_grad():
+        decoder.step(ids[:, :4])
+        for place in (4, 5, 6):
+            found = decoder.step(ids[:, place : place + 1])
+        torch.testing.assert_close(found, model(ids).logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_the_base_is_not_touched_by_folding():
+    model = build("llama", lora=True)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    ids, mask = prompts(padded=True)
+    generation.sample(generation.read_decoder(model), ids, mask, options(do_sample=True))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    with model.disable_adapter():
+        off = generation.read_decoder(model)
+    assert torch.equal(off.layers[0].out.weight, model.get_base_model().model.layers[0].self_attn.o_proj.weight.t())
+
+
+WARPED = {
+    "plain": ({}, []),
+    "temperature": ({"temperature": 0.7}, [TemperatureLogitsWarper(0.7)]),
+    "top_k": ({"top_k": 9}, [TopKLogitsWarper(9)]),
+    "top_p": ({"top_p": 0.8}, [TopPLogitsWarper(0.8)]),
+    "min_p": ({"min_p": 0.1}, [MinPLogitsWarper(0.1)]),
+    "all": (
+        {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+        [TemperatureLogitsWarper(1.3), TopKLogitsWarper(20), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WARPED)
+def test_100000_draws_are_of_transformers_distribution(case):
+    """Chi-squared over the tokens that the logits processors leave, at p > 1e-4; others are never drawn."""
+    given, warpers = WARPED[case]
+    torch.manual_seed(1)
+    logits = torch.randn(1, V) * 2
+    warped = LogitsProcessorList(warpers)(None, logits.clone()) if warpers else logits
+    expected = warped.softmax(-1)[0].double()
+    config = options(do_sample=True, **{"top_k": 0, "top_p": 1.0} | given)
+    counts = torch.bincount(generation.draw(logits.expand(100_000, -1), config), minlength=V).double()
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    wanted = expected[possible] / expected[possible].sum() * counts.sum()
+    statistic = ((counts[possible] - wanted) ** 2 / wanted).sum()
+    freedom = torch.tensor((possible.sum().item() - 1) / 2, dtype=torch.float64)
+    assert torch.special.gammaincc(freedom, statistic / 2) > 1e-4  # the chi-squared distribution's upper tail
+
+
+def test_a_draw_at_the_very_end_of_the_sums_is_a_token_that_may_be_drawn(monkeypatch):
+    monkeypatch.setattr(torch, "rand_like", torch.ones_like)
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, -torch.inf]])
+    assert generation.draw(logits, options(do_sample=True, top_k=0)).tolist() == [1]
+
+
+def test_rows_end_at_any_end_of_text_and_are_padded():
+    model = build("llama")
+    ids, mask = prompts(padded=False)
+    torch.manual_seed(0)
+    ids, mask = ids.repeat(20, 1), mask.repeat(20, 1)
+    out = generation.sample(
+        generation.read_decoder(model), ids, mask, options(do_sample=True, eos_token_id=[0, 5, 9], top_k=0)
+    )
+    for row in out[:, 7:].tolist():
+        ends = [i for i, token in enumerate(row) if token in (0, 5, 9)]
+        assert not ends or set(row[ends[0] + 1 :]) <= {1}
+    assert (out == 1).any()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_stock_trainer_samples_with_it(make_trainer, monkeypatch, lora):
+    trainer = make_trainer(lora=lora)
+    use_fast_sampling(trainer)
+    calls = []
+    sample = generation.sample
+    monkeypatch.setattr(generation, "sample", lambda *args: calls.append(1) or sample(*args))
+    trainer.train()
+    assert len(calls) == 3 and trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [({"num_beams": 2}, "num_beams=2"), ({"repetition_penalty": 1.2}, "repetition_penalty=1.2")],
+)
+def test_what_is_not_supported_goes_to_generate_with_one_line(make_trainer, caplog, given, reason):
+    trainer = make_trainer(max_steps=2, generation_kwargs=given)
+    use_fast_sampling(trainer)
+    trainer.train()
+    lines = [r.getMessage() for r in caplog.records if "fast sampling is off" in r.getMessage()]
+    assert len(lines) == 1 and reason in lines[0] and trainer.state.global_step == 2
+
+
+def test_another_architecture_is_named():
+    config = transformers.Gemma2Config(**SIZES, intermediate_size=48, num_key_value_heads=2, head_dim=8)
+    with pytest.raises(generation.Unsupported, match="Gemma2ForCausalLM is none of LlamaForCausalLM"):
+        generation.read_decoder(transformers.AutoModelForCausalLM.from_config(config))
