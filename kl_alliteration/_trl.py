@@ -18,6 +18,7 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`:
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -35,7 +36,7 @@ from . import kl
 
 READ_FROM = "1.16.0"
 METHODS = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies", "_compute_loss")
-ATTRIBUTES = ("beta", "ref_model", "temperature", "_metrics", "_logs")
+ATTRIBUTES = ("beta", "ref_model", "temperature", "num_iterations", "aux_loss_enabled", "_metrics", "_logs")
 
 
 class UnknownTRLError(RuntimeError):
@@ -114,11 +115,14 @@ class RolloutSeam:
         self.observers: list[Callable[[Rollout], None]] = []  # called after every generation batch
         self.budget_per_token: float | None = None
         self.reference_at_beta_zero = False
+        self._one_forward = False
+        self._kept: tuple | None = None  # (logps, entropies, states, head) with their graph, for the loss to come
         self._ref_model = None  # only where TRL itself made none
         self.last_penalty: torch.Tensor | None = None  # (B,), what beta was last multiplied with in the reward
         self._scored: list[tuple] | None = None  # (logps, states, head) of policy and reference in a generation batch
         self._loss_scored: tuple | None = None  # the same of the policy in the loss
         self._rollout: Rollout | None = None
+        self._loss_rows: torch.Tensor | None = None
         self._ref_head: kl.LMHead | None = None
         self._states: list[torch.Tensor] | None = None  # of the forward pass under way, where anyone needs them
         self._hooks = []
@@ -151,9 +155,26 @@ class RolloutSeam:
             add_fused_lm_head(self._ref_model, temperature=trainer.temperature)
             self._ref_model = trainer.accelerator.prepare_model(self._ref_model, evaluation_mode=True)
 
+    def one_forward(self) -> bool:
+        """Let the loss use the policy's scoring pass and its graph; `False` where a batch is not one update.
+
+        On policy the loss's forward pass repeats the scoring pass. It has to be made anew after an update
+        (`num_iterations`, `steps_per_generation`), under gradient checkpointing, which it would defeat, with a
+        load-balancing loss, and where a wrapper of the model sees to the gradients of several processes.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        self._one_forward = (
+            trainer.num_iterations == 1
+            and args.steps_per_generation == 1
+            and trainer.accelerator.num_processes == 1
+            and not args.gradient_checkpointing
+            and not trainer.aux_loss_enabled
+        )
+        return self._one_forward
+
     def generate_and_score(self, inputs):
         trainer = self.trainer
-        self._scored, self._rollout = [], None
+        self._scored, self._rollout, self._kept = [], None, None
         try:
             output = self._generate_and_score(inputs)
             expected = 1 if trainer.beta == 0 else 2
@@ -165,6 +186,8 @@ class RolloutSeam:
         finally:
             self._scored = None
         rollout = self._rollout
+        if self._kept is not None:
+            output["kl_row"] = torch.arange(len(output["old_logps"]), device=output["old_logps"].device)
         if rollout is not None:
             if self.reward_penalty is not None and trainer.beta != 0:
                 self._restore_kl_metric(rollout)
@@ -178,11 +201,23 @@ class RolloutSeam:
 
     def get_logps(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         """TRL's own, seen. In a generation batch the second one is the reference's, or stands in for it."""
-        found = self._score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        if self._scored is None and self._kept is not None:  # the loss, in the batch's shuffled order
+            (logps, entropies, states, head), self._kept = self._kept, None
+            rows = self._loss_rows
+            self._loss_scored = logps[rows], None if states is None else states[rows], head
+            return logps[rows], entropies[rows], None
+        keep_graph = self._scored == [] and self._one_forward and self.trainer.model.training
+        with torch.enable_grad() if keep_graph else nullcontext():
+            if keep_graph:
+                kwargs["compute_entropy"] = True
+            found = self._score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         (logps, *rest), states, head = found
         if self._scored is None:  # the loss
             self._loss_scored = logps, states, head
             return logps, *rest
+        if keep_graph:
+            self._kept = logps, rest[0], states, head
+            logps, states = logps.detach(), None if states is None else states.detach()
         self._scored.append((logps, states, head))
         if len(self._scored) == 1 and self.trainer.beta == 0 and self.reference_at_beta_zero:
             reference = self._score_reference(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
@@ -200,7 +235,7 @@ class RolloutSeam:
         return logps, *rest
 
     def compute_loss(self, model, inputs):
-        self._loss_scored = None
+        self._loss_scored, self._loss_rows = None, inputs.get("kl_row")
         loss = self._compute_loss(model, inputs)
         trainer = self.trainer
         if self.loss_penalty is None or trainer.beta == 0:

@@ -21,6 +21,8 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from ._trl import rollout_seam
+
 logger = logging.get_logger(__name__)
 
 # Generation options with which transformers samples as this module does; any other value goes to `generate`.
@@ -59,6 +61,7 @@ PLAIN = {
 
 # Rows that have ended are computed along until only this share is left; dropping them copies the cache.
 DROP_AT = 0.75
+BLOCK = 64  # tokens whose probabilities are summed first when one is drawn
 
 
 class Unsupported(ValueError):
@@ -349,10 +352,10 @@ def check_options(config: GenerationConfig, others: dict) -> None:
         raise Unsupported("max_new_tokens is not given")
 
 
-def cumulative(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """(B, V) logits -> (B, V) unnormalised cumulative probabilities, warped in the order of transformers.
+def probabilities(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+    """(B, V) logits -> (B, V) probabilities, warped by temperature, top-k, top-p and min-p, in this order.
 
-    Temperature, top-k, top-p, min-p; each as in `transformers/generation/logits_process.py`.
+    Each as in `transformers/generation/logits_process.py`.
     """
     if config.temperature not in (None, 1.0):
         logits = logits / config.temperature
@@ -365,21 +368,34 @@ def cumulative(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
         gone[:, -1] = False
         logits = logits.masked_fill(torch.zeros_like(gone).scatter(1, places, gone), -torch.inf)
     if config.min_p:
-        probabilities = logits.softmax(-1)
-        logits = logits.masked_fill(probabilities < config.min_p * probabilities.amax(-1, keepdim=True), -torch.inf)
-    # exp(x - max) and no division: the draw is scaled instead
-    return (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
+        p = logits.softmax(-1)
+        logits = logits.masked_fill(p < config.min_p * p.amax(-1, keepdim=True), -torch.inf)
+    return logits.softmax(-1)
 
 
 def draw(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """(B, V) logits -> (B,) tokens by the inverse of the cumulative distribution: one uniform number a row."""
+    """(B, V) logits -> (B,) tokens by the inverse of the cumulative distribution: one uniform number a row.
+
+    The sums are taken over blocks of the vocabulary and then within one block, which is a third of the work.
+    """
     if not config.do_sample:
         return logits.argmax(-1)
-    sums = cumulative(logits, config)
+    p = probabilities(logits, config)
+    p = F.pad(p, (0, -p.shape[-1] % BLOCK)).view(len(p), -1, BLOCK)
+    blocks = p.sum(-1).cumsum(-1)  # (B, V / BLOCK)
+    # Each search takes the first sum beyond a number in [0, total), so that what it finds has a probability above 0.
+    uniform = _below(torch.rand_like(blocks[:, -1:]) * blocks[:, -1:], blocks)
+    block = torch.searchsorted(blocks, uniform, right=True)  # (B, 1)
+    before = blocks.gather(1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0)
+    within = p[torch.arange(len(p), device=p.device), block.squeeze(1)].cumsum(-1)  # (B, BLOCK)
+    place = torch.searchsorted(within, _below((uniform - before).clamp(min=0), within), right=True)
+    return (block * BLOCK + place).squeeze(1)
+
+
+def _below(x: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """`x`, less than the last of the sums in spite of rounding."""
     total = sums[:, -1:]
-    # In [0, total), in spite of rounding: the first token whose sum is beyond it has a probability above zero.
-    uniform = torch.minimum(torch.rand_like(total) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(sums, uniform, right=True).squeeze(-1)
+    return torch.minimum(x, torch.nextafter(total, torch.zeros_like(total)))
 
 
 @torch.no_grad()
@@ -412,13 +428,18 @@ def sample(
     return out
 
 
-def use_fast_sampling(trainer) -> None:
-    """Let a stock trainer sample its completions with this module: `generate` of its model is replaced, no more.
+def use_fast_sampling(trainer, one_forward: bool = True) -> None:
+    """Let a stock trainer sample its completions with this module: `generate` of its model is replaced.
 
     Supported are Llama, Qwen2, GPT-2 and GPT-Neo, full or LoRA, with temperature, top-k, top-p, min-p, any set of
     end-of-text tokens and left padding. Dropout is off while sampling. Anything else goes to transformers' own
     `generate` with one line in the log, and so do sharded weights (FSDP, DeepSpeed). With vLLM there is nothing to do.
+
+    `one_forward`: where a generation batch is one update, the loss uses the scoring pass and its graph in place of a
+    second forward pass. It holds the graph while the reference scores and the rewards are computed.
     """
+    if one_forward:
+        rollout_seam(trainer).one_forward()
     accelerator = trainer.accelerator
     model = accelerator.unwrap_model(trainer.model)
     original, said = model.generate, set()

@@ -69,6 +69,9 @@ class StoryArguments(ScriptArguments):
         metadata={"help": "`sequence`: --beta is TRL's, per nat of a sequence; `study`: the study's, 99 times that."},
     )
     kl_monitor: bool = field(default=True, metadata={"help": "Log KL per token and per sequence under `kl/`."})
+    fast_sampling: bool = field(
+        default=True, metadata={"help": "Sample with kl_alliteration's own decoder where it knows the model."}
+    )
     strict: bool = field(default=False, metadata={"help": "Stop where a choice has a null or wrong gradient."})
     show_stories_every: int = field(default=30, metadata={"help": "Steps between tables of stories; 0 shows none."})
     eval_stories: int = field(default=100, metadata={"help": "Fresh stories that are judged before and after."})

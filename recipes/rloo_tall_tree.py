@@ -29,6 +29,7 @@ from kl_alliteration import (
     StoryTableCallback,
     judge,
     plot_curves,
+    use_fast_sampling,
 )
 from kl_alliteration.recipe import (
     RecipeParser,
@@ -71,6 +72,8 @@ def build_trainer(args: StoryArguments, training_args: RLOOConfig, model_args: M
             strict=args.strict,
         )
     )
+    if args.fast_sampling:
+        use_fast_sampling(trainer)
     if args.kl_monitor:
         trainer.add_callback(KLMonitorCallback(trainer, exact=args.kl_estimator == "exact"))
     trainer.add_callback(MetricsFileCallback(trainer, Path(training_args.output_dir, "metrics.jsonl")))

@@ -15,7 +15,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from kl_alliteration import generation, use_fast_sampling
+from kl_alliteration import KLPenaltyCallback, generation, use_fast_sampling
+from kl_alliteration._trl import rollout_seam
 
 V = 61
 SIZES = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -182,3 +183,51 @@ def test_another_architecture_is_named():
     config = transformers.Gemma2Config(**SIZES, intermediate_size=48, num_key_value_heads=2, head_dim=8)
     with pytest.raises(generation.Unsupported, match="Gemma2ForCausalLM is none of LlamaForCausalLM"):
         generation.read_decoder(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def history(trainer) -> list[dict]:
+    trainer.train()
+    times = ("step_time", "train_runtime", "train_samples", "train_steps")
+    return [{k: v for k, v in entry.items() if not k.startswith(times)} for entry in trainer.state.log_history]
+
+
+def score_calls(trainer) -> list[bool]:
+    """Forward passes of the policy, and whether they made a graph."""
+    calls, forward = [], trainer.model.forward
+
+    def spy(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        if kwargs.get("fused_lm_head"):
+            calls.append(out.log_probs.requires_grad)
+        return out
+
+    trainer.model.forward = spy
+    return calls
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("penalty", [{}, {"kl_estimator": "exact", "kl_placement": "both"}], ids=["stock", "exact"])
+def test_one_forward_gives_the_same_run_with_one_pass_less(make_trainer, lora, penalty):
+    """The same completions (transformers samples here), rewards and losses; shuffled rows find their own graph."""
+    runs = []
+    for one_forward in (False, True):
+        trainer = make_trainer(lora=lora, max_steps=4)
+        if penalty:
+            KLPenaltyCallback(trainer, **penalty)
+        if one_forward:
+            assert rollout_seam(trainer).one_forward()
+        calls = [] if lora else score_calls(trainer)
+        runs.append(history(trainer))
+        if not lora:
+            assert calls == ([True] * 4 if one_forward else [False, True] * 4)
+    for plain, reused in zip(*runs, strict=True):
+        assert plain == pytest.approx(reused, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_iterations": 2}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}]
+)
+def test_one_forward_is_off_where_a_batch_is_not_one_update(make_trainer, options):
+    trainer = make_trainer(**options)
+    assert rollout_seam(trainer).one_forward() is False
+    trainer.train()

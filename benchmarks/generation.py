@@ -1,0 +1,242 @@
+"""Generations per second: the study's loop, stock TRL, and TRL with `use_fast_sampling`, in turns.
+
+    python benchmarks/generation.py                         # the embedded model, batch 40
+    python benchmarks/generation.py --model 33m --batch 10  # the shape of TinyStories-33M, random weights
+    python benchmarks/generation.py --scaling               # cost of sampling alone as length, batch, vocabulary grow
+
+100 new tokens, groups of 10, k1 in the reward, learning rate 0. Every repetition is a process of its own, so that peak
+memory is a variant's own; one step is not counted. Prints Markdown: medians and the quartiles of paired ratios. The
+floor is the operations of the matrix products that no implementation saves (decoding, two scoring passes, one of them
+with a backward pass), at the rate of a large product on this machine with the same threads.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPTNeoConfig, LlamaConfig
+from transformers.utils import logging
+from trl import RLOOConfig, RLOOTrainer
+
+from kl_alliteration import alliteration_reward, generation, use_fast_sampling
+from kl_alliteration.story_lm import MODEL_PATH, PROMPT
+
+TOKENS = 100
+VARIANTS = ("study", "stock", "fast sampling", "fast sampling, one forward")
+
+
+def model_folder(name: str) -> str:
+    if name == "embedded":
+        return str(MODEL_PATH)
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=50_257,
+        hidden_size=768,
+        num_layers=4,
+        num_heads=16,
+        attention_types=[[["global", "local"], 2]],
+        max_position_embeddings=2048,
+        window_size=256,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    folder = tempfile.mkdtemp()
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL_PATH).save_pretrained(folder)
+    return folder
+
+
+def study_step(policy, reference, tokenizer, optimizer, group: int) -> None:
+    """The study's update, written again: one text at a time, two models, SGD on advantage * mean cross-entropy."""
+    texts, rewards = [], []
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    for _ in range(group):
+        ids = policy.generate(**prompt, do_sample=True, top_k=50, max_new_tokens=TOKENS)
+        with torch.no_grad():
+            ours, theirs = (model(ids, labels=ids).loss for model in (policy, reference))
+        text = tokenizer.decode(ids[0], skip_special_tokens=True)
+        rewards.append(alliteration_reward([PROMPT], [text])[0] - 0.4 * (theirs - ours).item())
+        texts.append(ids)
+    for i, ids in enumerate(texts):
+        baseline = (sum(rewards) - rewards[i]) / (group - 1)
+        ((rewards[i] - baseline) * policy(ids, labels=ids).loss).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def run_study(folder: str, batch: int, steps: int) -> dict:
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    policy.generation_config.update(eos_token_id=0, pad_token_id=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    group = min(batch, 10)
+    study_step(policy, reference, tokenizer, optimizer, 2)
+    start = time.perf_counter()
+    for _ in range(steps):
+        study_step(policy, reference, tokenizer, optimizer, group)
+    seconds = (time.perf_counter() - start) / steps
+    return {"step": seconds, "generations": group / seconds}
+
+
+def run_trl(variant: str, folder: str, batch: int, steps: int) -> dict:
+    trainer = RLOOTrainer(
+        model=folder,
+        reward_funcs=alliteration_reward,
+        args=RLOOConfig(
+            output_dir=tempfile.mkdtemp(),
+            beta=0.25,
+            learning_rate=0.0,
+            num_generations=10,
+            per_device_train_batch_size=batch,
+            max_completion_length=TOKENS,
+            max_steps=steps + 1,
+            save_strategy="no",
+            report_to="none",
+            gradient_checkpointing=False,
+            bf16=torch.cuda.is_available(),
+            disable_tqdm=True,
+            logging_steps=1000,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [PROMPT] * 10_000}),
+    )
+    if variant != "stock":
+        use_fast_sampling(trainer, one_forward=variant.endswith("one forward"))
+    spent = {name: [] for name in ("generate", "prepare", "step")}
+
+    def timed(name, function):
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            spent[name].append(time.perf_counter() - start)
+            return result
+
+        return call
+
+    trainer._generate = timed("generate", trainer._generate)
+    trainer._prepare_inputs = timed("prepare", trainer._prepare_inputs)
+    trainer.training_step = timed("step", trainer.training_step)
+    trainer.train()
+    generate, prepare, step = (statistics.median(values[1:]) for values in spent.values())
+    return {
+        "step": step,
+        "generate": generate,
+        "score": prepare - generate,
+        "update": step - prepare,
+        "generations": batch / step,
+    }
+
+
+def floor(folder: str, batch: int) -> float:
+    """Seconds of the matrix products of one step at the rate of a 1024-cubed product."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    embeddings = {id(p) for n, p in model.named_parameters() if "embed" in n or "wte" in n or "wpe" in n}
+    weights = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings)
+    weights += model.get_output_embeddings().weight.numel()
+    a = torch.randn(1024, 1024)
+    seconds = min(timeit(lambda: a @ a) for _ in range(20))
+    rate = 2 * 1024**3 / seconds
+    return (
+        2 * weights * batch * TOKENS * (1 + 1 + 3) / rate
+    )  # decoded, reference, and the policy's pass and its backward
+
+
+def timeit(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def scaling() -> None:
+    """Sampling alone, ours and transformers', 0.3M-parameter Llamas; seconds and peak memory grow with what?"""
+
+    def measure(vocabulary=4608, batch=40, length=100):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
+        model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=vocabulary, **sizes)).eval()
+        ids = torch.randint(2, vocabulary, (batch, 4))
+        mask = torch.ones_like(ids)
+        config = GenerationConfig(do_sample=True, max_new_tokens=length, top_k=0, pad_token_id=1, disable_compile=True)
+        model.generation_config.eos_token_id = None
+        ways = (
+            lambda: model.generate(input_ids=ids, attention_mask=mask, generation_config=config),
+            lambda: generation.sample(generation.read_decoder(model), ids, mask, config),
+        )
+        seconds = [statistics.median([timeit(way) for _ in range(3)]) for way in ways]
+        return seconds
+
+    print("| vocabulary | batch | new tokens | transformers (s) | ours (s) | ratio |\n|---|---|---|---|---|---|")
+    cases = [{"length": n} for n in (32, 128, 512)] + [{"batch": n} for n in (8, 40, 160, 640)]
+    for case in cases + [{"vocabulary": n} for n in (512, 4608, 50_257)]:
+        theirs, ours = measure(**case)
+        shown = {"vocabulary": 4608, "batch": 40, "length": 100} | case
+        cells = " | ".join(str(value) for value in shown.values())
+        print(f"| {cells} | {theirs:.2f} | {ours:.2f} | {ours / theirs:.2f} |", flush=True)
+
+
+def child(args) -> None:
+    run = run_study if args.variant == "study" else lambda *rest: run_trl(args.variant, *rest)
+    found = run(args.folder, args.batch, args.steps)
+    found["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print("FOUND " + json.dumps(found))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("embedded", "33m"), default="embedded")
+    parser.add_argument("--batch", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    if args.variant:
+        return child(args)
+    if args.scaling:
+        return scaling()
+    folder = model_folder(args.model)
+    runs = {variant: [] for variant in VARIANTS}
+    for repeat in range(args.repeats):
+        for variant in VARIANTS[repeat % 4 :] + VARIANTS[: repeat % 4]:
+            command = [sys.executable, __file__, "--variant", variant, "--folder", folder]
+            command += ["--batch", str(args.batch), "--steps", str(args.steps)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+            if not lines:
+                sys.exit(done.stderr[-2000:])
+            runs[variant].append(json.loads(lines[0].removeprefix("FOUND ")))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
+    print(f"{args.model}, batch {args.batch}, {device}; floor {floor(folder, args.batch):.2f} s a step\n")
+    columns = ("generate", "score", "update", "step", "memory", "generations")
+    print(
+        "| | generate (s) | score (s) | update (s) | step (s) | peak (MB) | generations/s | step / stock | x study |"
+    )
+    print("|---" * 9 + "|")
+    for variant in VARIANTS:
+        cells = []
+        for name in columns:
+            values = [r[name] for r in runs[variant] if name in r]
+            cells.append(f"{statistics.median(values):.{0 if name == 'memory' else 2}f}" if values else "-")
+        pairs = list(zip(runs[variant], runs["stock"], runs["study"], strict=True))
+        rate = [mine["generations"] / study["generations"] for mine, _, study in pairs]
+        against = [mine["step"] / stock["step"] for mine, stock, _ in pairs]
+        cells.append("-" if variant == "study" else f"{statistics.median(against):.2f}")
+        cells.append(f"{statistics.median(rate):.1f}")
+        print(f"| {variant} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
