@@ -1,6 +1,7 @@
 """The KL penalty as an instrument, for TRL's stock RLOO trainer."""
 
 from .callbacks import (
+    KLControlCallback,
     KLMonitorCallback,
     KLPenaltyCallback,
     MetricsFileCallback,
@@ -15,6 +16,7 @@ from .rewards import alliteration_reward
 __version__ = "0.1.0"
 __all__ = [
     "Judgement",
+    "KLControlCallback",
     "KLMonitorCallback",
     "KLPenaltyCallback",
     "MetricsFileCallback",

@@ -142,6 +142,56 @@ class KLMonitorCallback(TrainerCallback):
             metrics["kl/share_of_spread"].append(penalty_std / spread if spread else 0.0)
 
 
+class KLControlCallback(TrainerCallback):
+    """Let a rule of [`control`] move `trainer.beta` after every optimizer step that used new completions.
+
+    The rule's state goes into `trainer_state.json` of every checkpoint and comes back from it. On several processes
+    every rank sees the same pooled KL and so has the same beta.
+
+    Args:
+        trainer ([`~trl.RLOOTrainer`]): The trainer, stock, its `beta` not 0.
+        controller: A rule of [`control`], such as `StepRule(0.25, target_kl_per_token=0.15)`.
+        kl_estimator (`str`, *optional*, defaults to `"k1"`): The estimate that the rule is fed.
+    """
+
+    STATE = "kl_alliteration.KLControl"  # its place among the trainer's stateful callbacks
+
+    def __init__(self, trainer, controller, kl_estimator: str = "k1"):
+        kl.check_choice("kl_estimator", kl_estimator, kl.estimators())
+        if trainer.beta == 0:
+            raise ValueError(
+                "beta must not be 0 at the start under control: TRL then loads no reference, and a rule that "
+                "multiplies never leaves 0; start from a small beta such as 0.01"
+            )
+        self.trainer, self.controller, self.kl_estimator = trainer, controller, kl_estimator
+        seam = rollout_seam(trainer)
+        if kl_estimator in kl.FULL_VOCABULARY:
+            seam.need_hidden_states()
+        seam.observers.append(self.observe)
+        self.seen = None  # (KL per token, completions) of the last generation batch
+        trainer.beta = controller.value
+
+    def observe(self, rollout: Rollout) -> None:
+        if self.trainer.model.training:
+            mask = rollout.completion_mask
+            total = (rollout.per_token_kl(self.kl_estimator) * mask).sum()
+            sums = torch.stack([total.double(), mask.sum().double(), torch.full_like(total, len(mask)).double()])
+            total, tokens, completions = self.trainer.accelerator.reduce(sums, "sum").tolist()
+            self.seen = total / max(tokens, 1), int(completions)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get(self.STATE)
+        if saved and state.global_step:
+            vars(self.controller).update(saved["attributes"])
+        self.trainer.beta = self.controller.value
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.seen is not None:
+            self.trainer.beta = self.controller.update(*self.seen)
+            self.seen = None
+        state.stateful_callbacks[self.STATE] = {"args": {}, "attributes": vars(self.controller).copy()}
+
+
 def warn_of_sampling(args, kl_estimator: str) -> None:
     """Say that completions are not drawn from the distributions whose log-probabilities are compared."""
     truncated = [
