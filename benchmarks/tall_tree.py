@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 COLUMNS = {
     "reward_mean": "reward",
     "different_share": "different",
+    "distinct_2": "distinct pairs",
     "kl_per_token": "KL per token",
     "kl_per_sequence": "KL per sequence",
     "entropy_per_token": "entropy",

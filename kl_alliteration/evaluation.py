@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from .diversity import different_share, distinct_n
+
 
 @dataclass
 class Judgement:
@@ -19,6 +21,7 @@ class Judgement:
     reward_mean: float
     reward_std: float
     different_share: float
+    distinct_2: float  # different pairs of neighbouring words over all pairs, in the whole set
     ended_share: float  # of completions that reached an end of text before `max_new_tokens`
     mean_length: float  # tokens
     entropy_per_token: float  # nats
@@ -107,7 +110,8 @@ def judge(
         stories=len(texts),
         reward_mean=statistics.fmean(rewards),
         reward_std=statistics.pstdev(rewards),
-        different_share=len(set(texts)) / len(texts),
+        different_share=different_share(texts),
+        distinct_2=distinct_n(texts, 2),
         ended_share=ended / len(texts),
         mean_length=statistics.fmean(lengths),
         entropy_per_token=sum(entropies) / sum(lengths),

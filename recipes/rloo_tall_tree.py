@@ -104,7 +104,7 @@ def judge_policy(trainer: RLOOTrainer, args: StoryArguments, model_args: ModelCo
 
 def show(before, after, folder: Path) -> None:
     """The numbers and a few stories before and after, on the screen and as `stories.md`."""
-    names = ("reward_mean", "different_share", "entropy_per_token", "kl_per_token", "kl_per_sequence", "mean_length")
+    names = ("reward_mean", "different_share", "distinct_2", "entropy_per_token", "kl_per_token", "kl_per_sequence")
     table = Table(title=f"{after.stories} fresh stories")
     for column in ("", "before", "after"):
         table.add_column(column, justify="right" if column else "left")
