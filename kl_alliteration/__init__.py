@@ -1,6 +1,8 @@
 """The KL penalty as an instrument, for TRL's stock RLOO trainer."""
 
 from .callbacks import (
+    CollapseGuardCallback,
+    CollapseLimits,
     KLControlCallback,
     KLMonitorCallback,
     KLPenaltyCallback,
@@ -15,6 +17,8 @@ from .rewards import alliteration_reward
 
 __version__ = "0.1.0"
 __all__ = [
+    "CollapseGuardCallback",
+    "CollapseLimits",
     "Judgement",
     "KLControlCallback",
     "KLMonitorCallback",

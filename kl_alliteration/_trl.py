@@ -12,6 +12,7 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`:
 - both calls end in the backbone, `base_model` of the causal language model, once a chunk of B, with the positions of
   prompt and completion; its `last_hidden_state` is what the LM head is applied to.
 - `_metrics[mode]["kl"]` holds one mean log-ratio per generation batch, averaged at the next log.
+- `_step` counts micro-batches and `_buffered_inputs` holds those of the generation batch under way.
 - `_logs` holds the last generation batch: `prompt`, `completion`, `rewards` by name.
 - `use_adapter` and `create_model_from_path`, `add_fused_lm_head`, `disable_dropout_in_model`, by which it makes the
   reference.
@@ -36,7 +37,7 @@ from . import kl
 
 READ_FROM = "1.16.0"
 METHODS = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies", "_compute_loss")
-ATTRIBUTES = ("beta", "ref_model", "temperature", "num_iterations", "aux_loss_enabled", "_metrics", "_logs")
+ATTRIBUTES = ("beta", "ref_model", "temperature", "num_iterations", "aux_loss_enabled", "_metrics", "_logs", "_step")
 
 
 class UnknownTRLError(RuntimeError):
@@ -112,7 +113,8 @@ class RolloutSeam:
         self.trainer = trainer
         self.reward_penalty: Callable[[Rollout], torch.Tensor] | None = None  # -> (B,)
         self.loss_penalty: Callable[[Rollout], torch.Tensor] | None = None  # -> (B,)
-        self.observers: list[Callable[[Rollout], None]] = []  # called after every generation batch
+        self.observers: list[Callable[[Rollout], None]] = []  # called after every generation batch with a reference
+        self.after_batch: list[Callable[[Rollout | None], None]] = []  # and after every one
         self.budget_per_token: float | None = None
         self.reference_at_beta_zero = False
         self._one_forward = False
@@ -197,6 +199,8 @@ class RolloutSeam:
                     output["kl_ref_hidden"] = rollout.hidden.reference
             for observe in self.observers:
                 observe(rollout)
+        for observe in self.after_batch:
+            observe(rollout)
         return output
 
     def get_logps(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
@@ -321,6 +325,11 @@ def last_completions(trainer) -> tuple[list, list, dict[str, list[float]]]:
         list(logs["completion"]),
         {name: list(values) for name, values in logs["rewards"].items()},
     )
+
+
+def forget_batches(trainer) -> None:
+    """Make `train` begin with a new generation batch, as a new trainer's would."""
+    trainer._step, trainer._buffered_inputs = 0, None
 
 
 def last_rewards(trainer) -> torch.Tensor:

@@ -1,0 +1,95 @@
+import json
+
+import pytest
+import torch
+
+from kl_alliteration import CollapseGuardCallback, CollapseLimits, KLControlCallback, control
+
+ALWAYS = CollapseLimits(different_share=1.1)  # no batch reaches it
+
+
+def test_limits_by_hand():
+    limits = CollapseLimits(different_share=0.7, distinct_2=None, compression_ratio=6.0, kl_per_sequence=20.0)
+    seen = {"different_share": 0.6, "distinct_2": 0.0, "compression_ratio": 9.0, "kl_per_sequence": 19.0}
+    assert limits.broken(seen) == ["different_share 0.6 (limit 0.7)", "compression_ratio 9 (limit 6)"]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_it_stops_after_as_many_batches_as_it_smooths_over(make_trainer, beta):
+    trainer = make_trainer(beta=beta, max_steps=6)
+    guard = CollapseGuardCallback(trainer, limits=ALWAYS, smoothing=2)
+    trainer.add_callback(guard)
+    with pytest.warns(UserWarning, match="collapse at step 2: different_share .*; there is no good checkpoint"):
+        trainer.train()
+    assert trainer.state.global_step == 2 and guard.collapse.startswith("step 2")
+    logged = [e for e in trainer.state.log_history if "guard/different_share" in e]
+    assert ("guard/kl_per_sequence" in logged[-1]) == (beta != 0)
+
+
+def test_it_warns_once_and_goes_on(make_trainer):
+    trainer = make_trainer(max_steps=6)
+    trainer.add_callback(CollapseGuardCallback(trainer, action="warn", limits=ALWAYS))
+    with pytest.warns(UserWarning, match="collapse at step 2") as caught:
+        trainer.train()
+    assert trainer.state.global_step == 6 and sum("collapse" in str(w.message) for w in caught) == 1
+
+
+def test_what_it_sees_is_of_the_batch(make_trainer):
+    trainer = make_trainer(max_steps=3)
+    guard = CollapseGuardCallback(trainer, smoothing=1)
+    trainer.add_callback(guard)
+    trainer.train()
+    texts = list(trainer._logs["completion"])
+    assert guard.mean()["different_share"] == len(set(texts)) / 8
+    rewards = torch.tensor(list(trainer._logs["rewards"]["reward"]))
+    assert guard.mean()["reward_std"] == pytest.approx(rewards.std(correction=0).item())
+
+
+class AfterStep(CollapseLimits):
+    """Broken once, after a given number of looks."""
+
+    def broken(self, seen):
+        self.looks = getattr(self, "looks", 0) + 1
+        return ["made up"] if self.looks == 8 else []
+
+
+def test_rollback_goes_on_from_the_last_good_checkpoint_with_a_stronger_penalty(make_trainer, tmp_path):
+    """Optimizer, schedule, random state and rule: bit for bit what a new trainer resumed with that beta does."""
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2}
+
+    def make(name, **more):
+        trainer = make_trainer(output_dir=str(tmp_path / name), **options | more)
+        rule = control.ProportionalRule(0.5, target_kl_per_token=0.01, horizon=400)
+        trainer.add_callback(KLControlCallback(trainer, rule))
+        return trainer, rule
+
+    trainer, rule = make("guarded")
+    guard = CollapseGuardCallback(trainer, "rollback", AfterStep(), smoothing=1, stronger=3.0)
+    trainer.add_callback(guard)
+    with pytest.warns(UserWarning, match="made up; the last good checkpoint is .*checkpoint-4"):
+        guard.train()
+    assert trainer.state.global_step == 8 and guard.rollbacks == 2
+
+    folder = tmp_path / "guarded" / "checkpoint-4"
+    saved = json.loads((folder / "trainer_state.json").read_text())["stateful_callbacks"]
+    expected, expected_rule = make("expected", save_strategy="no")
+
+    class Stronger(CollapseGuardCallback):
+        def observe(self, rollout):
+            pass
+
+    again = Stronger(expected, "warn")
+    again.factor = 3.0
+    expected.add_callback(again)
+    expected.train(resume_from_checkpoint=str(folder))
+    assert saved["kl_alliteration.KLControl"]["attributes"]["value"] != rule.value
+    assert rule == expected_rule and trainer.beta == expected.beta
+    for a, b in zip(trainer.model.parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_wrong_use_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="action must be one of warn, stop, rollback, got 'pray'"):
+        CollapseGuardCallback(make_trainer(), "pray")
+    with pytest.raises(ValueError, match="needs checkpoints: set save_strategy"):
+        CollapseGuardCallback(make_trainer(), "rollback")
