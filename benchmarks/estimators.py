@@ -14,7 +14,7 @@ import warnings
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging
 from trl import RLOOConfig, RLOOTrainer
 
@@ -59,6 +59,8 @@ def train(steps: list[int]) -> dict:
         ),
         train_dataset=Dataset.from_dict({"prompt": [PROMPT] * 1000}),
     )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
     snapshots = Snapshots(steps)
     trainer.add_callback(snapshots)
     trainer.train()

@@ -16,7 +16,7 @@ import warnings
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 from trl import RLOOConfig, RLOOTrainer
 
@@ -75,6 +75,7 @@ def train(options: dict | None, steps: int) -> list[float]:
         trainer.add_callback(KLMonitorCallback(trainer))
     elif options:
         KLPenaltyCallback(trainer, **options)
+    trainer.remove_callback(PrinterCallback)
     times = StepTimes()
     trainer.add_callback(times)
     trainer.train()

@@ -3,6 +3,7 @@
 Sampling is by temperature alone and the judge is separate from the trainer, so the numbers of two runs compare.
 """
 
+import math
 import statistics
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -120,3 +121,43 @@ def judge(
         prompts=list(prompts),
         completions=texts,
     )
+
+
+def best_of_n(rewards: torch.Tensor, largest_n: int, points: int = 24, bootstraps: int = 200, seed: int = 0) -> list:
+    """Expected reward of the best of n samples of the reference, and the most that choosing it costs.
+
+    Args:
+        rewards (`torch.Tensor`): (M,) rewards of independent samples.
+        largest_n (`int`): The last n; `points` values from 1 on are evenly spaced in log n.
+
+    Returns:
+        `list[dict]`: `n`; `kl_per_sequence = log n - (n - 1) / n` nats (Beirami et al., arXiv 2401.01879, an upper
+        bound); `reward`, the mean of the largest over all subsets of size n, which is the unbiased estimate; `low` and
+        `high`, the 2.5th and 97.5th percentile of `bootstraps` resampled sets.
+    """
+    m = len(rewards)
+    ns = sorted({round(largest_n ** (i / (points - 1))) for i in range(points)})
+    places = torch.arange(1, m + 1, dtype=torch.float64)
+    # The i-th smallest is the largest of C(i - 1, n - 1) subsets out of C(m, n).
+    weights = torch.stack([(_log_binomial(places - 1, n - 1) - _log_binomial(places[-1:], n)).exp() for n in ns])
+    generator = torch.Generator().manual_seed(seed)
+    rewards = rewards.double()
+    expected = weights @ rewards.sort().values
+    again = torch.stack(
+        [weights @ rewards[torch.randint(m, (m,), generator=generator)].sort().values for _ in range(bootstraps)]
+    )
+    low, high = again.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    columns = zip(ns, expected.tolist(), low.tolist(), high.tolist(), strict=True)
+    return [
+        {"n": n, "kl_per_sequence": math.log(n) - (n - 1) / n, "reward": value, "low": below, "high": above}
+        for n, value, below, above in columns
+    ]
+
+
+def _log_binomial(n: torch.Tensor, k: int) -> torch.Tensor:
+    """log of n over k, -inf where k > n."""
+    inside = n >= k
+    safe = n.where(inside, torch.full_like(n, k))
+    one = torch.ones((), dtype=n.dtype)
+    found = torch.lgamma(safe + 1) - torch.lgamma(one * k + 1) - torch.lgamma(safe - k + 1)
+    return found.masked_fill(~inside, -torch.inf)

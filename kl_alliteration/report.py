@@ -1,5 +1,6 @@
 """Figures of a run."""
 
+import json
 from pathlib import Path
 
 import matplotlib
@@ -41,5 +42,44 @@ def plot_curves(log_history: list[dict], path: str | Path, title: str = "", base
     for axis in axes[1]:
         axis.set_xlabel("generations")
     figure.suptitle(title, fontsize=13)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def read_run(folder: str | Path) -> dict:
+    """Name, KL per sequence and reward of each log of a run, from its `metrics.jsonl`.
+
+    Takes the exact KL where the monitor logged it, else k1. Raises `ValueError` where there is nothing to draw.
+    """
+    path = Path(folder, "metrics.jsonl")
+    if not path.is_file():
+        raise ValueError(f"runs: there is no {path}")
+    points = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        kl_per_sequence = entry.get("kl/exact_per_sequence", entry.get("kl/k1_per_sequence"))
+        if kl_per_sequence is not None and "reward" in entry:
+            points.append((kl_per_sequence, entry["reward"]))
+    if not points:
+        raise ValueError(f"runs: {path} has no KL per sequence; train with --kl_monitor and a reference")
+    return {"name": Path(folder).name, "points": points}
+
+
+def plot_frontier(frontier: list[dict], runs: list[dict], path: str | Path) -> None:
+    """Reward over KL per sequence: best-of-n with its band, and training runs from [`read_run`]."""
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    kl = [point["kl_per_sequence"] for point in frontier]
+    axis.fill_between(kl, [p["low"] for p in frontier], [p["high"] for p in frontier], color="0.8", linewidth=0)
+    axis.plot(kl, [p["reward"] for p in frontier], color="0.2", linewidth=2)
+    last = frontier[-1]
+    axis.annotate(f"best of n, to {last['n']:,}", (last["kl_per_sequence"], last["reward"]), fontsize=11)
+    for run, color in zip(runs, [BLUE, ORANGE, GREEN, PURPLE] * len(runs), strict=False):
+        axis.plot(*zip(*run["points"], strict=True), color=color, marker="o", markersize=3, linewidth=1.5)
+        axis.annotate(run["name"], run["points"][-1], color=color, fontsize=11)
+    axis.set_xlabel("KL to the reference (nats per sequence)")
+    axis.set_ylabel("reward (alliterating pairs)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    axis.set_ylim(bottom=0)
     figure.savefig(path, dpi=120)
     plt.close(figure)

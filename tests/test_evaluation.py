@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl_alliteration import judge
+from kl_alliteration.evaluation import best_of_n
 
 PROMPTS = ["once upon a time", "there was"] * 20
 
@@ -73,3 +74,19 @@ def test_with_an_adapter_the_base_is_the_reference(model, tokenizer):
         if "lora_B" in name:
             torch.nn.init.normal_(weight)
     assert abs(judge(peft, tokenizer, PROMPTS, no_reward, **options).kl_per_sequence) > 1e-4
+
+
+def test_best_of_n_by_hand():
+    """Of 1, 2, 3, 4 the best of 2 is 2, 3, 3, 4, 4, 4 over the six pairs: 10 / 3; of 1, their mean."""
+    first, second = best_of_n(torch.tensor([3.0, 1.0, 4.0, 2.0]), largest_n=2)
+    assert first["n"] == 1 and first["kl_per_sequence"] == 0 and first["reward"] == pytest.approx(2.5)
+    assert second["n"] == 2 and second["reward"] == pytest.approx(10 / 3)
+    assert second["kl_per_sequence"] == pytest.approx(math.log(2) - 0.5)
+
+
+def test_best_of_n_of_a_uniform_is_known():
+    """E[max of n] of a uniform on [0, 1] is n / (n + 1), and lies within the band."""
+    rewards = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    for point in best_of_n(rewards, largest_n=1_000, bootstraps=50):
+        assert point["reward"] == pytest.approx(point["n"] / (point["n"] + 1), abs=0.01)
+        assert point["low"] <= point["reward"] <= point["high"]

@@ -155,3 +155,11 @@ def test_a_reward_that_is_wrong_stops_the_run(tmp_path, body, says):
     done = run("--output_dir", "out", "--reward_funcs", "mine.reward", *SMALL, cwd=tmp_path, check=False)
     assert done.returncode == 2 and says.replace("40", "6") in done.stderr.replace("40", "6")
     assert "Traceback" not in done.stderr
+
+
+def test_best_of_n_draws_the_frontier(tmp_path):
+    run("--stories", 60, "--largest_n", 30, "--max_new_tokens", 12, cwd=tmp_path, recipe="best_of_n.py")
+    facts = json.loads((tmp_path / "runs/best_of_n/frontier.json").read_text())
+    assert facts["frontier"][-1]["n"] == 30 and (tmp_path / "runs/best_of_n/frontier.png").stat().st_size > 5_000
+    done = run("--runs", "nowhere", cwd=tmp_path, recipe="best_of_n.py", check=False)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: runs: there is no nowhere/metrics.jsonl"

@@ -1,0 +1,81 @@
+"""The yardstick for reward per nat: best-of-n sampling from the reference model.
+
+    python recipes/best_of_n.py                                   # the embedded model, 12,000 stories
+    python recipes/best_of_n.py --runs runs/tall_tree runs/other  # with training runs drawn over it
+
+Keeping the best of n stories costs at most `log n - (n - 1) / n` nats per sequence (Beirami et al., arXiv 2401.01879),
+and no policy is needed for it: whatever is trained should lie above. Expected rewards are those of all subsets of size
+n of the stories that were sampled, with bootstrap bands. Into the output folder go `frontier.json` and `frontier.png`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser, set_seed
+
+from kl_alliteration.evaluation import best_of_n
+from kl_alliteration.generation import read_decoder, sample
+from kl_alliteration.recipe import load_rewards, one_line_errors
+from kl_alliteration.report import plot_frontier, read_run
+from kl_alliteration.story_lm import MODEL_PATH, PROMPT
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str = field(default=str(MODEL_PATH), metadata={"help": "Folder or Hub id of the reference."})
+    output_dir: str = field(default="runs/best_of_n", metadata={"help": "Folder of frontier.json and frontier.png."})
+    prompt: str = field(default=PROMPT, metadata={"help": "What every story starts with."})
+    reward_func: str = field(
+        default="kl_alliteration.rewards.alliteration_reward", metadata={"help": "Reward by dotted import path."}
+    )
+    stories: int = field(default=12_000, metadata={"help": "Stories to sample."})
+    largest_n: int = field(default=3_000, metadata={"help": "The frontier's last point."})
+    max_new_tokens: int = field(default=100, metadata={"help": "Tokens after the prompt."})
+    batch_size: int = field(default=200, metadata={"help": "Stories sampled at a time."})
+    seed: int = field(default=0, metadata={"help": "Seed of sampling and bootstrap."})
+    runs: list[str] = field(default_factory=list, metadata={"help": "Folders of training runs to draw over it."})
+
+
+@one_line_errors
+def main():
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    if not 1 <= args.largest_n <= args.stories // 2:
+        raise ValueError(f"largest_n must be at least 1 and at most half of stories, got {args.largest_n}")
+    runs = [read_run(folder) for folder in args.runs]
+    set_seed(args.seed)
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="left")
+    (reward,) = load_rewards([args.reward_func])
+    decoder = read_decoder(model)
+    config = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    rewards: list[float] = []
+    for start in track(range(0, args.stories, args.batch_size), description="stories"):
+        count = min(args.batch_size, args.stories - start)
+        inputs = tokenizer([args.prompt] * count, return_tensors="pt")
+        ids = sample(decoder, inputs["input_ids"], inputs["attention_mask"], config)
+        texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        rewards += reward(prompts=[args.prompt] * count, completions=texts)
+    frontier = best_of_n(torch.tensor(rewards), args.largest_n, seed=args.seed)
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"stories": args.stories, "model": Path(args.model_name_or_path).name, "frontier": frontier}
+    (folder / "frontier.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    plot_frontier(frontier, runs, folder / "frontier.png")
+    print("| n | KL (nats per sequence) | reward | 95 % band |\n|---|---|---|---|")
+    for point in frontier:
+        band = f"{point['low']:.2f} to {point['high']:.2f}"
+        print(f"| {point['n']} | {point['kl_per_sequence']:.2f} | {point['reward']:.2f} | {band} |")
+    print(f"frontier.json, frontier.png: {folder}")
+
+
+if __name__ == "__main__":
+    main()
