@@ -96,6 +96,17 @@ def test_own_prompts_rewards_and_estimator(tmp_path):
     assert "short" in done.stdout
 
 
+def test_the_penalty_s_options_and_the_study_s_unit(tmp_path):
+    run(
+        *("--output_dir", "out", "--beta", "40", "--beta_unit", "study", "--kl_estimator", "exact"),
+        *("--kl_placement", "both", "--kl_budget_per_token", "0.01", "--kl_direction", "reverse", *SMALL),
+        cwd=tmp_path,
+    )
+    first = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[0])
+    assert first["beta"] == pytest.approx(40 / 99)
+    assert "kl/exact_per_sequence" in first and "kl/budget_use" in first
+
+
 def test_conversational_prompts(tmp_path, tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
@@ -117,6 +128,11 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--bta", "0.1"], "unknown option --bta; did you mean --beta?"),
         (["--kl_estimator", "k4"], "kl_estimator must be one of k1, k2, k3, abs, exact, top_k, got 'k4'"),
         (["--kl_reduction", "max"], "kl_reduction must be one of sum, mean, got 'max'"),
+        (["--kl_placement", "top"], "kl_placement must be one of reward, loss, both, got 'top'"),
+        (["--kl_direction", "forward"], "kl_direction 'forward' needs kl_estimator 'exact', got 'k1'"),
+        (["--kl_budget_per_token", "-1"], "kl_budget_per_token must be >= 0 and finite, got -1.0"),
+        (["--kl_placement", "loss", "--strict"], "gives a gradient that is zero: only noise. Use k2 in the loss"),
+        (["--beta_unit", "week"], "beta_unit must be one of sequence, study, got 'week'"),
         (["--beta", "-1"], "beta must be >= 0 and finite, got -1.0"),
         (["--beta", "nan"], "beta must be >= 0 and finite, got nan"),
         (["--model_name_or_path", "./nowhere"], "model_name_or_path: there is no folder './nowhere'"),
