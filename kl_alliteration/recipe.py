@@ -17,14 +17,24 @@ from transformers.integrations import is_tensorboard_available
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ScriptArguments, TrlParser
 
-from . import kl
+from . import control, kl
 from ._trl import UnknownTRLError
+from .callbacks import CollapseGuardCallback, KLControlCallback, KLMonitorCallback, KLPenaltyCallback
+from .generation import use_fast_sampling
 from .story_lm import MODEL_PATH, PROMPT
 
 # TinyStories-33M was trained with this tokenizer and ships none (its model card says so).
 TOKENIZER_OF = {"roneneldan/TinyStories-33M": "EleutherAI/gpt-neo-125M"}
 
 BETA_UNITS = ("sequence", "study")
+CONTROLLERS = {
+    "fixed": None,
+    "step": control.StepRule,
+    "ppo": control.ppo_rule,
+    "ziegler": control.ProportionalRule,
+    "pi": control.LogPIRule,
+}
+GUARDS = ("off", *CollapseGuardCallback.ACTIONS)
 
 
 @dataclass
@@ -67,6 +77,19 @@ class StoryArguments(ScriptArguments):
     beta_unit: str = field(
         default="sequence",
         metadata={"help": "`sequence`: --beta is TRL's, per nat of a sequence; `study`: the study's, 99 times that."},
+    )
+    kl_controller: str = field(
+        default="fixed",
+        metadata={"help": f"Rule that moves beta: {', '.join(CONTROLLERS)}; all but `fixed` need a target."},
+    )
+    target_kl_per_token: float | None = field(
+        default=None, metadata={"help": "What the rule holds, in nats per token as TRL's `kl` is."}
+    )
+    collapse_guard: str = field(
+        default="warn",
+        metadata={
+            "help": "When texts become alike: `off`, `warn`, `stop`, or `rollback` to the last good checkpoint."
+        },
     )
     kl_monitor: bool = field(default=True, metadata={"help": "Log KL per token and per sequence under `kl/`."})
     fast_sampling: bool = field(
@@ -136,6 +159,19 @@ def check_options(args: StoryArguments, training_args, model_args) -> None:
     if args.strict:
         kl.warn_of_gradient(contract, f"kl_estimator {args.kl_estimator!r}, kl_placement {args.kl_placement!r}", True)
     kl.check_choice("beta_unit", args.beta_unit, BETA_UNITS)
+    kl.check_choice("kl_controller", args.kl_controller, CONTROLLERS)
+    kl.check_choice("collapse_guard", args.collapse_guard, GUARDS)
+    if args.kl_controller != "fixed" and not (args.target_kl_per_token or 0) > 0:
+        raise ValueError(
+            f"target_kl_per_token must be > 0 with kl_controller {args.kl_controller!r}, "
+            f"got {args.target_kl_per_token}"
+        )
+    if args.kl_controller != "fixed" and training_args.beta == 0:
+        raise ValueError(
+            f"beta must not be 0 with kl_controller {args.kl_controller!r}: no rule leaves 0; start from 0.01"
+        )
+    if args.collapse_guard == "rollback" and training_args.save_strategy == "no":
+        raise ValueError("collapse_guard 'rollback' needs checkpoints: add --save_strategy steps --save_steps 20")
     if not training_args.beta >= 0 or math.isinf(training_args.beta):
         raise ValueError(f"beta must be >= 0 and finite, got {training_args.beta}; 0 trains without a penalty")
     if args.eval_stories < 1:
@@ -260,3 +296,36 @@ def total_reward(trainer):
         return [sum(w * (values[i] or 0.0) for values, w in columns) for i in range(len(completions))]
 
     return reward
+
+
+def add_instruments(trainer, args: StoryArguments) -> None:
+    """The penalty, the sampler, the monitor, the rule and the guard that a recipe's options ask for."""
+    trainer.add_callback(
+        KLPenaltyCallback(
+            trainer,
+            kl_estimator=args.kl_estimator,
+            kl_placement=args.kl_placement,
+            kl_reduction=args.kl_reduction,
+            kl_direction=args.kl_direction,
+            kl_budget_per_token=args.kl_budget_per_token,
+            kl_top_k=args.kl_top_k,
+            strict=args.strict,
+        )
+    )
+    if args.fast_sampling:
+        use_fast_sampling(trainer)
+    if args.kl_monitor:
+        trainer.add_callback(KLMonitorCallback(trainer, exact=args.kl_estimator == "exact"))
+    if args.kl_controller != "fixed":
+        rule = CONTROLLERS[args.kl_controller](trainer.beta, args.target_kl_per_token)
+        estimator = args.kl_estimator if args.kl_estimator in kl.FULL_VOCABULARY else "k1"
+        trainer.add_callback(KLControlCallback(trainer, rule, estimator))
+    if args.collapse_guard != "off":
+        trainer.add_callback(CollapseGuardCallback(trainer, args.collapse_guard))
+
+
+def run_training(trainer):
+    """Train, resumed where the options say so, and under the guard where it may go back."""
+    guards = [c for c in trainer.callback_handler.callbacks if isinstance(c, CollapseGuardCallback)]
+    train = guards[0].train if guards else trainer.train
+    return train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)

@@ -22,24 +22,23 @@ from trl import ModelConfig, RLOOConfig, RLOOTrainer, get_peft_config, get_quant
 from trl.data_utils import maybe_apply_chat_template
 
 from kl_alliteration import (
-    KLMonitorCallback,
-    KLPenaltyCallback,
     MetricsFileCallback,
     StoryProgressCallback,
     StoryTableCallback,
     judge,
     plot_curves,
-    use_fast_sampling,
 )
 from kl_alliteration.recipe import (
     RecipeParser,
     StoryArguments,
+    add_instruments,
     check_options,
     load_prompts,
     load_rewards,
     load_tokenizer,
     one_line_errors,
     parse_recipe,
+    run_training,
     total_reward,
 )
 
@@ -60,22 +59,7 @@ def build_trainer(args: StoryArguments, training_args: RLOOConfig, model_args: M
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.add_callback(
-        KLPenaltyCallback(
-            trainer,
-            kl_estimator=args.kl_estimator,
-            kl_placement=args.kl_placement,
-            kl_reduction=args.kl_reduction,
-            kl_direction=args.kl_direction,
-            kl_budget_per_token=args.kl_budget_per_token,
-            kl_top_k=args.kl_top_k,
-            strict=args.strict,
-        )
-    )
-    if args.fast_sampling:
-        use_fast_sampling(trainer)
-    if args.kl_monitor:
-        trainer.add_callback(KLMonitorCallback(trainer, exact=args.kl_estimator == "exact"))
+    add_instruments(trainer, args)
     trainer.add_callback(MetricsFileCallback(trainer, Path(training_args.output_dir, "metrics.jsonl")))
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -131,7 +115,7 @@ def main():
     disable_progress_bar()
     trainer = build_trainer(args, training_args, model_args)
     before = judge_policy(trainer, args, model_args)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    run_training(trainer)
     after = judge_policy(trainer, args, model_args)
 
     folder = Path(training_args.output_dir)

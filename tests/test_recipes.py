@@ -107,6 +107,14 @@ def test_the_penalty_s_options_and_the_study_s_unit(tmp_path):
     assert "kl/exact_per_sequence" in first and "kl/budget_use" in first
 
 
+def test_a_rule_moves_beta(tmp_path):
+    options = "--kl_controller", "ziegler", "--target_kl_per_token", "0.5", "--logging_steps", "1", "--max_steps", "3"
+    run("--output_dir", "out", *SMALL, *options, cwd=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    betas = [line["beta"] for line in lines if "kl" in line]
+    assert betas[0] > betas[1] > betas[2]  # the KL is far under its target
+
+
 def test_conversational_prompts(tmp_path, tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
@@ -133,6 +141,10 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--kl_budget_per_token", "-1"], "kl_budget_per_token must be >= 0 and finite, got -1.0"),
         (["--kl_placement", "loss", "--strict"], "gives a gradient that is zero: only noise. Use k2 in the loss"),
         (["--beta_unit", "week"], "beta_unit must be one of sequence, study, got 'week'"),
+        (["--kl_controller", "pid"], "kl_controller must be one of fixed, step, ppo, ziegler, pi, got 'pid'"),
+        (["--kl_controller", "pi"], "target_kl_per_token must be > 0 with kl_controller 'pi', got None"),
+        (["--collapse_guard", "pray"], "collapse_guard must be one of off, warn, stop, rollback, got 'pray'"),
+        (["--collapse_guard", "rollback"], "needs checkpoints: add --save_strategy steps"),
         (["--beta", "-1"], "beta must be >= 0 and finite, got -1.0"),
         (["--beta", "nan"], "beta must be >= 0 and finite, got nan"),
         (["--model_name_or_path", "./nowhere"], "model_name_or_path: there is no folder './nowhere'"),
