@@ -174,7 +174,7 @@ def test_refusals_of_files(tmp_path):
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("return [1.0]", "mine.reward returned 1 rewards for 40 completions"),
+        ("return [1.0]", "mine.reward returned 1 rewards for 20 completions"),
         ("return [float('nan')] * len(completions)", "mine.reward returned nan for"),
     ],
 )
