@@ -127,7 +127,7 @@ class RolloutSeam:
         self._loss_rows: torch.Tensor | None = None
         self._ref_head: kl.LMHead | None = None
         self._states: list[torch.Tensor] | None = None  # of the forward pass under way, where anyone needs them
-        self._hooks = []
+        self._hooked: list[torch.nn.Module] = []  # backbones whose states are kept
         self._generate_and_score = trainer._generate_and_score_completions
         self._get_logps = trainer._get_per_token_logps_and_entropies
         self._compute_loss = trainer._compute_loss
@@ -137,11 +137,11 @@ class RolloutSeam:
 
     def need_hidden_states(self) -> None:
         """From here on rollouts carry hidden states."""
-        if not self._hooks:
-            models = [self._causal_lm(self.trainer.model), self.trainer.ref_model, self._ref_model]
-            for model in filter(None, models):
-                backbone = self._causal_lm(model).base_model
-                self._hooks.append(backbone.register_forward_hook(self._keep_states))
+        for model in filter(None, (self.trainer.model, self.trainer.ref_model, self._ref_model)):
+            backbone = self._causal_lm(model).base_model
+            if backbone not in self._hooked:
+                self._hooked.append(backbone)
+                backbone.register_forward_hook(self._keep_states)
 
     def need_reference_at_beta_zero(self) -> None:
         """Score with the reference even when `beta` is 0: free of memory with LoRA, else a second model is loaded."""
@@ -156,6 +156,8 @@ class RolloutSeam:
             disable_dropout_in_model(self._ref_model)
             add_fused_lm_head(self._ref_model, temperature=trainer.temperature)
             self._ref_model = trainer.accelerator.prepare_model(self._ref_model, evaluation_mode=True)
+            if self._hooked:
+                self.need_hidden_states()
 
     def one_forward(self) -> bool:
         """Let the loss use the policy's scoring pass and its graph; `False` where a batch is not one update.
@@ -273,7 +275,7 @@ class RolloutSeam:
 
     def _score(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         """TRL's results, the (B, T, H) states behind them, and the head that they went through."""
-        self._states = [] if self._hooks else None
+        self._states = [] if self._hooked else None
         results = self._get_logps(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         kept, self._states = self._states, None
         if kept is None:
