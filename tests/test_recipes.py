@@ -54,7 +54,7 @@ def test_accelerate_launch_writes_everything_it_promises(tmp_path):
         assert name in done.stdout
     assert "Step 1" in done.stdout and "Once upon a time" in done.stdout
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["generations"] for line in lines[:2]] == [40, 80]
+    assert [line["generations"] for line in lines[:2]] == [20, 40]
 
 
 def test_peft_saves_a_small_adapter_whose_off_is_the_base(tmp_path):
