@@ -174,14 +174,14 @@ def test_refusals_of_files(tmp_path):
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("return [1.0]", "mine.reward returned 1 rewards for 20 completions"),
+        ("return [1.0]", "mine.reward returned 1 rewards for 6 completions"),
         ("return [float('nan')] * len(completions)", "mine.reward returned nan for"),
     ],
 )
 def test_a_reward_that_is_wrong_stops_the_run(tmp_path, body, says):
     (tmp_path / "mine.py").write_text(f"def reward(completions, **kwargs):\n    {body}\n")
     done = run("--output_dir", "out", "--reward_funcs", "mine.reward", *SMALL, cwd=tmp_path, check=False)
-    assert done.returncode == 2 and says.replace("40", "6") in done.stderr.replace("40", "6")
+    assert done.returncode == 2 and says in done.stderr.replace("40", "6")
     assert "Traceback" not in done.stderr
 
 
