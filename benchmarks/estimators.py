@@ -1,6 +1,6 @@
 """Bias and variance of the KL estimators against the exact KL, at three distances from the reference.
 
-    python benchmarks/estimators.py [--completions 2000] [--snapshots 6 24 72]
+    python benchmarks/estimators.py [--completions 2000] [--snapshots 6 20 50]
 
 The policies are the embedded model after that many steps of the recipe's RLOO (learning rate 3e-4, beta 0.05, seed 0).
 Prints a Markdown table: nats per sequence, mean difference to exact with its standard error, and standard deviation
@@ -99,7 +99,7 @@ def per_sequence(policy, reference, tokenizer, count: int) -> dict[str, torch.Te
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--completions", type=int, default=2000)
-    parser.add_argument("--snapshots", type=int, nargs="+", default=[6, 24, 72])
+    parser.add_argument("--snapshots", type=int, nargs="+", default=[6, 20, 50])
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
