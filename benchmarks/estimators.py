@@ -9,19 +9,14 @@ over completions.
 
 import argparse
 import copy
-import tempfile
-import warnings
 
 import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.utils import logging
-from trl import RLOOConfig, RLOOTrainer
+from common import TOKENS, make_trainer, quiet
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from kl_alliteration import alliteration_reward, kl
+from kl_alliteration import kl
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 
-TOKENS = 100
 ESTIMATES = {
     **{name: (name, {}) for name in kl.SAMPLED},
     "top_k, k = 16": ("top_k", {"k": 16}),
@@ -39,28 +34,8 @@ class Snapshots(TrainerCallback):
 
 
 def train(steps: list[int]) -> dict:
-    trainer = RLOOTrainer(
-        model=str(MODEL_PATH),
-        reward_funcs=alliteration_reward,
-        args=RLOOConfig(
-            output_dir=tempfile.mkdtemp(),
-            beta=0.05,
-            learning_rate=3e-4,
-            lr_scheduler_type="constant",
-            num_generations=10,
-            per_device_train_batch_size=40,
-            max_completion_length=TOKENS,
-            max_steps=max(steps),
-            save_strategy="no",
-            report_to="none",
-            gradient_checkpointing=False,
-            bf16=False,
-            seed=0,
-        ),
-        train_dataset=Dataset.from_dict({"prompt": [PROMPT] * 1000}),
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
+    options = {"beta": 0.05, "learning_rate": 3e-4, "lr_scheduler_type": "constant", "bf16": False, "seed": 0}
+    trainer = make_trainer(max_steps=max(steps), **options)
     snapshots = Snapshots(steps)
     trainer.add_callback(snapshots)
     trainer.train()
@@ -101,9 +76,7 @@ def main():
     parser.add_argument("--completions", type=int, default=2000)
     parser.add_argument("--snapshots", type=int, nargs="+", default=[6, 20, 50])
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.simplefilter("ignore")
+    quiet()
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     reference = AutoModelForCausalLM.from_pretrained(MODEL_PATH).eval()
     policy = AutoModelForCausalLM.from_pretrained(MODEL_PATH).eval()

@@ -18,18 +18,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 
 import torch
-from datasets import Dataset
+from common import TOKENS, device, make_trainer, quiet
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPTNeoConfig, LlamaConfig
-from transformers.utils import logging
-from trl import RLOOConfig, RLOOTrainer
 
 from kl_alliteration import alliteration_reward, generation, use_fast_sampling
+from kl_alliteration.decoder import read_decoder
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 
-TOKENS = 100
 VARIANTS = ("study", "stock", "fast sampling", "fast sampling, one forward")
 
 
@@ -87,26 +84,8 @@ def run_study(folder: str, batch: int, steps: int) -> dict:
 
 
 def run_trl(variant: str, folder: str, batch: int, steps: int) -> dict:
-    trainer = RLOOTrainer(
-        model=folder,
-        reward_funcs=alliteration_reward,
-        args=RLOOConfig(
-            output_dir=tempfile.mkdtemp(),
-            beta=0.25,
-            learning_rate=0.0,
-            num_generations=10,
-            per_device_train_batch_size=batch,
-            max_completion_length=TOKENS,
-            max_steps=steps + 1,
-            save_strategy="no",
-            report_to="none",
-            gradient_checkpointing=False,
-            bf16=torch.cuda.is_available(),
-            disable_tqdm=True,
-            logging_steps=1000,
-        ),
-        train_dataset=Dataset.from_dict({"prompt": [PROMPT] * 10_000}),
-    )
+    options = {"beta": 0.25, "per_device_train_batch_size": batch, "max_steps": steps + 1}
+    trainer = make_trainer(folder, **options)
     if variant != "stock":
         use_fast_sampling(trainer, one_forward=variant.endswith("one forward"))
     spent = {name: [] for name in ("generate", "prepare", "step")}
@@ -169,7 +148,7 @@ def scaling() -> None:
         model.generation_config.eos_token_id = None
         ways = (
             lambda: model.generate(input_ids=ids, attention_mask=mask, generation_config=config),
-            lambda: generation.sample(generation.read_decoder(model), ids, mask, config),
+            lambda: generation.sample(read_decoder(model), ids, mask, config),
         )
         seconds = [statistics.median([timeit(way) for _ in range(3)]) for way in ways]
         return seconds
@@ -200,9 +179,7 @@ def main():
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.simplefilter("ignore")
+    quiet()
     if args.variant:
         return child(args)
     if args.scaling:
@@ -218,8 +195,7 @@ def main():
             if not lines:
                 sys.exit(done.stderr[-2000:])
             runs[variant].append(json.loads(lines[0].removeprefix("FOUND ")))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
-    print(f"{args.model}, batch {args.batch}, {device}; floor {floor(folder, args.batch):.2f} s a step\n")
+    print(f"{args.model}, batch {args.batch}, {device()}; floor {floor(folder, args.batch):.2f} s a step\n")
     columns = ("generate", "score", "update", "step", "memory", "generations")
     print(
         "| | generate (s) | score (s) | update (s) | step (s) | peak (MB) | generations/s | step / stock | x study |"

@@ -10,18 +10,13 @@ table of medians over all steps, relative to the stock trainer's, with the quart
 import argparse
 import random
 import statistics
-import tempfile
 import time
-import warnings
 
 import torch
-from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
-from transformers.utils import logging
-from trl import RLOOConfig, RLOOTrainer
+from common import device, make_trainer, quiet
+from transformers import TrainerCallback
 
-from kl_alliteration import KLMonitorCallback, KLPenaltyCallback, alliteration_reward
-from kl_alliteration.story_lm import MODEL_PATH, PROMPT
+from kl_alliteration import KLMonitorCallback, KLPenaltyCallback
 
 VARIANTS = {
     "stock": None,
@@ -51,31 +46,11 @@ class StepTimes(TrainerCallback):
 
 
 def train(options: dict | None, steps: int) -> list[float]:
-    trainer = RLOOTrainer(
-        model=str(MODEL_PATH),
-        reward_funcs=alliteration_reward,
-        args=RLOOConfig(
-            output_dir=tempfile.mkdtemp(),
-            beta=0.25,
-            learning_rate=0.0,
-            num_generations=10,
-            per_device_train_batch_size=40,
-            max_completion_length=100,
-            max_steps=steps + 1,
-            save_strategy="no",
-            report_to="none",
-            gradient_checkpointing=False,
-            bf16=torch.cuda.is_available(),
-            disable_tqdm=True,
-            logging_steps=1000,
-        ),
-        train_dataset=Dataset.from_dict({"prompt": [PROMPT] * 1000}),
-    )
+    trainer = make_trainer(beta=0.25, max_steps=steps + 1)
     if options and options.get("monitor"):
         trainer.add_callback(KLMonitorCallback(trainer))
     elif options:
         KLPenaltyCallback(trainer, **options)
-    trainer.remove_callback(PrinterCallback)
     times = StepTimes()
     trainer.add_callback(times)
     trainer.train()
@@ -87,9 +62,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.simplefilter("ignore")
+    quiet()
     seconds = {name: [] for name in VARIANTS}
     for round_ in range(args.rounds):
         names = list(VARIANTS)
@@ -98,8 +71,7 @@ def main():
             seconds[name].append(train(VARIANTS[name], args.steps))
     medians = {name: [statistics.median(steps) for steps in rounds] for name, rounds in seconds.items()}
     whole = {name: statistics.median(sum(rounds, [])) for name, rounds in seconds.items()}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
-    print(f"{device}; {args.rounds * args.steps} steps each; stock step {whole['stock']:.2f} s\n")
+    print(f"{device()}; {args.rounds * args.steps} steps each; stock step {whole['stock']:.2f} s\n")
     print("| | step time / stock | quartiles of rounds |\n|---|---|---|")
     for name in VARIANTS:
         ratios = [mine / stock for mine, stock in zip(medians[name], medians["stock"], strict=True)]

@@ -1,8 +1,6 @@
 """The KL penalty as an instrument, for TRL's stock RLOO trainer."""
 
 from .callbacks import (
-    CollapseGuardCallback,
-    CollapseLimits,
     KLControlCallback,
     KLMonitorCallback,
     KLPenaltyCallback,
@@ -12,6 +10,7 @@ from .callbacks import (
 )
 from .evaluation import Judgement, judge
 from .generation import use_fast_sampling
+from .guard import CollapseGuardCallback, CollapseLimits
 from .report import plot_curves
 from .rewards import alliteration_reward
 

@@ -66,21 +66,20 @@ class Rollout:
     completion_ids: torch.Tensor
     completion_mask: torch.Tensor
     hidden: HiddenStates | None = None
-    known: dict = field(default_factory=dict)  # estimates that were asked for already
+    known: dict = field(default_factory=dict)  # full-vocabulary estimates that were asked for already
 
     @property
     def ref_log_ratio(self) -> torch.Tensor:
         return self.logps - self.ref_logps  # (B, T); its mean over policy samples is KL(policy || reference)
 
-    def per_token_kl(self, estimator: str, **options) -> torch.Tensor:
-        """Any estimator of `kl`, (B, T) nats; `options` are those of [`kl.full_vocabulary_estimate`]."""
-        key = estimator, *sorted(options.items())
+    def per_token_kl(self, estimator: str, direction: str = "reverse", k: int = 64) -> torch.Tensor:
+        """Any estimator of `kl`, (B, T) nats; a full-vocabulary one is computed once."""
+        if estimator in kl.SAMPLED:
+            return kl.SAMPLED[estimator](self.ref_log_ratio)
+        estimate = kl.full_vocabulary_estimate(estimator, direction, k)
+        key = estimator, *estimate.keywords.items()  # its own options, not the others'
         if key not in self.known:
-            self.known[key] = (
-                kl.SAMPLED[estimator](self.ref_log_ratio)
-                if estimator in kl.SAMPLED
-                else self._from_hidden_states(kl.full_vocabulary_estimate(estimator, **options))
-            )
+            self.known[key] = self._from_hidden_states(estimate)
         return self.known[key]
 
     def _from_hidden_states(self, estimate: Callable) -> torch.Tensor:
@@ -300,11 +299,13 @@ class RolloutSeam:
 
     def _restore_kl_metric(self, rollout: Rollout) -> None:
         """TRL logged the penalty under `kl`; put the mean log-ratio in nats per token back, which `kl` means."""
-        trainer = self.trainer
-        mask = rollout.completion_mask
-        stats = torch.stack([(rollout.ref_log_ratio * mask).sum(), mask.sum().float()])
-        total, count = trainer.accelerator.reduce(stats, reduction="sum")
-        self.metrics["kl"][-1] = (total / count.clamp(min=1)).item()
+        self.metrics["kl"][-1] = self.mean_per_token(rollout.ref_log_ratio, rollout.completion_mask)
+
+    def mean_per_token(self, values: torch.Tensor, mask: torch.Tensor) -> float:
+        """Mean of (B, T) values over the counted tokens of all processes: sums and counts are reduced, not means."""
+        sums = torch.stack([(values * mask).sum(), mask.sum().float()])
+        total, count = self.trainer.accelerator.reduce(sums, reduction="sum")
+        return (total / count.clamp(min=1)).item()
 
     @property
     def metrics(self) -> dict[str, list[float]]:

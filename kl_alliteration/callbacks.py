@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import ProgressCallback, TrainerCallback
 
-from . import diversity, kl
-from ._trl import Rollout, forget_batches, last_completions, last_rewards, rollout_seam
+from . import kl
+from ._trl import Rollout, last_completions, last_rewards, rollout_seam
 from .rewards import as_text
 
 
@@ -61,15 +60,14 @@ class KLPenaltyCallback(TrainerCallback):
     ):
         contract = kl.gradient_contract(kl_estimator, kl_placement, kl_reduction, kl_direction, kl_budget_per_token)
         kl.warn_of_gradient(contract, f"kl_estimator {kl_estimator!r}, kl_placement {kl_placement!r}", strict)
-        if kl_top_k < 1:
-            raise ValueError(f"kl_top_k must be >= 1, got {kl_top_k}")
         warn_of_sampling(trainer.args, kl_estimator)
         self.trainer = trainer
         self.kl_estimator, self.kl_placement, self.kl_reduction = kl_estimator, kl_placement, kl_reduction
         self.kl_budget_per_token = kl_budget_per_token
-        self.options = {"direction": kl_direction, "k": kl_top_k} if kl_estimator in kl.FULL_VOCABULARY else {}
+        self.options = {"direction": kl_direction, "k": kl_top_k}
         seam = rollout_seam(trainer)
-        if self.options:
+        if kl_estimator in kl.FULL_VOCABULARY:
+            kl.full_vocabulary_estimate(kl_estimator, **self.options)  # refuses wrong options now
             seam.need_hidden_states()
         # k1 and sum in the reward is what TRL computes: leaving it to TRL keeps every number the same bit for bit.
         stock = (kl_estimator, kl_placement, kl_reduction, kl_budget_per_token) == ("k1", "reward", "sum", None)
@@ -165,20 +163,17 @@ class KLControlCallback(TrainerCallback):
                 "multiplies never leaves 0; start from a small beta such as 0.01"
             )
         self.trainer, self.controller, self.kl_estimator = trainer, controller, kl_estimator
-        seam = rollout_seam(trainer)
+        self.seam = rollout_seam(trainer)
         if kl_estimator in kl.FULL_VOCABULARY:
-            seam.need_hidden_states()
-        seam.observers.append(self.observe)
+            self.seam.need_hidden_states()
+        self.seam.observers.append(self.observe)
         self.seen = None  # (KL per token, completions) of the last generation batch
         trainer.beta = controller.value
 
     def observe(self, rollout: Rollout) -> None:
         if self.trainer.model.training:
-            mask = rollout.completion_mask
-            total = (rollout.per_token_kl(self.kl_estimator) * mask).sum()
-            sums = torch.stack([total.double(), mask.sum().double(), torch.full_like(total, len(mask)).double()])
-            total, tokens, completions = self.trainer.accelerator.reduce(sums, "sum").tolist()
-            self.seen = total / max(tokens, 1), int(completions)
+            kl_per_token = self.seam.mean_per_token(rollout.per_token_kl(self.kl_estimator), rollout.completion_mask)
+            self.seen = kl_per_token, len(rollout.logps) * self.trainer.accelerator.num_processes
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.get(self.STATE)
@@ -191,138 +186,6 @@ class KLControlCallback(TrainerCallback):
             self.trainer.beta = self.controller.update(*self.seen)
             self.seen = None
         state.stateful_callbacks[self.STATE] = {"args": {}, "attributes": vars(self.controller).copy()}
-
-
-@dataclass
-class CollapseLimits:
-    """What a healthy generation batch keeps to; `None` does not look."""
-
-    different_share: float | None = 0.7
-    distinct_2: float | None = 0.1
-    compression_ratio: float | None = 6.0
-    reward_std: float | None = None
-    entropy_per_token: float | None = None
-    kl_per_sequence: float | None = None
-
-    BELOW = ("different_share", "distinct_2", "reward_std", "entropy_per_token")  # limits from below; the rest, above
-
-    def broken(self, seen: dict[str, float]) -> list[str]:
-        """What of `seen` is out of its limit, in words."""
-        found = []
-        for name, value in seen.items():
-            limit = getattr(self, name)
-            if limit is not None and value is not None and (value < limit if name in self.BELOW else value > limit):
-                found.append(f"{name} {value:.3g} (limit {limit:g})")
-        return found
-
-
-class CollapseGuardCallback(TrainerCallback):
-    """Watches every generation batch for collapse, and warns, stops, or goes back to the last good checkpoint.
-
-    A batch is a mean over `smoothing` batches, so that one odd batch is no collapse. What it sees is logged under
-    `guard/`. A checkpoint is good when nothing was out of its limits as it was saved.
-
-    Args:
-        trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
-        action (`str`, *optional*, defaults to `"stop"`):
-            `"warn"` once; `"stop"` the run, saying where the last good checkpoint is; `"rollback"`, which also needs
-            [`CollapseGuardCallback.train`] in place of `trainer.train`, to go on from there with a stronger penalty.
-        limits ([`CollapseLimits`], *optional*): What is looked at.
-        stronger (`float`, *optional*, defaults to `2.0`): Factor on beta at each rollback.
-        rollbacks (`int`, *optional*, defaults to `3`): How often at most.
-    """
-
-    ACTIONS = ("warn", "stop", "rollback")
-
-    def __init__(
-        self,
-        trainer,
-        action: str = "stop",
-        limits: CollapseLimits | None = None,
-        smoothing: int = 2,
-        stronger: float = 2.0,
-        rollbacks: int = 3,
-    ):
-        kl.check_choice("action", action, self.ACTIONS)
-        if action == "rollback" and trainer.args.save_strategy == "no":
-            raise ValueError("action 'rollback' needs checkpoints: set save_strategy='steps' and save_steps")
-        if smoothing < 1 or not stronger > 1:
-            raise ValueError(f"smoothing must be >= 1 and stronger > 1, got {smoothing} and {stronger}")
-        self.trainer, self.action, self.limits = trainer, action, limits or CollapseLimits()
-        self.smoothing, self.stronger, self.rollbacks = smoothing, stronger, rollbacks
-        self.seam = rollout_seam(trainer)
-        self.seam.after_batch.append(self.observe)
-        self.recent: list[dict[str, float]] = []
-        self.last_good: str | None = None
-        self.collapse: str | None = None  # what ended the run, in words
-        self.factor = 1.0
-
-    def observe(self, rollout: Rollout | None) -> None:
-        trainer = self.trainer
-        if not trainer.model.training:
-            return
-        _, completions, _ = last_completions(trainer)
-        texts = [as_text(completion) for completion in completions]
-        seen = {
-            "different_share": diversity.different_share(texts),
-            "distinct_2": diversity.distinct_n(texts, 2),
-            "compression_ratio": diversity.compression_ratio(texts),
-            "reward_std": last_rewards(trainer).std(correction=0).item(),
-        }
-        if rollout is not None:
-            sums = kl.reduce_per_sequence(rollout.ref_log_ratio, rollout.completion_mask, "sum")
-            seen["kl_per_sequence"] = trainer.accelerator.gather(sums).mean().item()
-        if entropies := self.seam.metrics.get("entropy"):
-            seen["entropy_per_token"] = entropies[-1]  # of the update before
-        self.recent = [*self.recent, seen][-self.smoothing :]
-        for name, value in self.mean().items():
-            self.seam.metrics[f"guard/{name}"].append(value)
-
-    def mean(self) -> dict[str, float]:
-        names = set.intersection(*(set(seen) for seen in self.recent)) if self.recent else set()
-        return {name: sum(seen[name] for seen in self.recent) / len(self.recent) for name in sorted(names)}
-
-    def on_step_end(self, args, state, control, **kwargs):
-        broken = self.limits.broken(self.mean()) if len(self.recent) == self.smoothing else []
-        if not broken or self.collapse:
-            return
-        self.collapse = f"step {state.global_step}: {', '.join(broken)}"
-        good = f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no good checkpoint"
-        if state.is_world_process_zero:
-            warnings.warn(f"collapse at {self.collapse}; {good}", stacklevel=2)
-        control.should_training_stop = self.action != "warn"
-
-    def on_save(self, args, state, control, **kwargs):
-        if not self.collapse and not self.limits.broken(self.mean()):
-            self.last_good = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.recent, self.collapse = [], None
-        if self.factor != 1:
-            self.strengthen()
-
-    def strengthen(self) -> None:
-        """Raise beta, the rule's too where a rule is in charge: what the checkpoint brought back was too weak."""
-        for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, KLControlCallback):
-                callback.controller.value *= self.factor
-        self.trainer.beta *= self.factor
-
-    def train(self, resume_from_checkpoint=None):
-        """`trainer.train`, and again from the last good checkpoint at each collapse while there is one."""
-        output = self.trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-        beta = self.trainer.args.beta
-        while self.action == "rollback" and self.collapse and self.rollbacks > 0:
-            if self.last_good is None or not Path(self.last_good).is_dir():
-                raise RuntimeError(
-                    f"collapse at {self.collapse}, and no good checkpoint to go back to: save more often"
-                )
-            self.rollbacks -= 1
-            forget_batches(self.trainer)
-            self.factor *= self.stronger
-            self.trainer.beta = beta
-            output = self.trainer.train(resume_from_checkpoint=self.last_good)
-        return output
 
 
 def warn_of_sampling(args, kl_estimator: str) -> None:

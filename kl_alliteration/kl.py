@@ -318,8 +318,10 @@ def check_penalty(estimator: str, placement: str, reduction: str, direction: str
             )
 
 
-def full_vocabulary_estimate(estimator: str, direction: str = "reverse", k: int = 64) -> Callable:
+def full_vocabulary_estimate(estimator: str, direction: str = "reverse", k: int = 64) -> partial:
     """The function of `FULL_VOCABULARY` with its options bound: `f(log_p, log_q, token_ids)`."""
+    if k < 1:
+        raise ValueError(f"kl_top_k must be >= 1, got {k}")
     options = {"exact": {"direction": direction}, "top_k": {"k": k}}
     return partial(FULL_VOCABULARY[estimator], **options.get(estimator, {}))
 

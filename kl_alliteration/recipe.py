@@ -19,8 +19,9 @@ from trl import ScriptArguments, TrlParser
 
 from . import control, kl
 from ._trl import UnknownTRLError
-from .callbacks import CollapseGuardCallback, KLControlCallback, KLMonitorCallback, KLPenaltyCallback
+from .callbacks import KLControlCallback, KLMonitorCallback, KLPenaltyCallback
 from .generation import use_fast_sampling
+from .guard import CollapseGuardCallback
 from .story_lm import MODEL_PATH, PROMPT
 
 # TinyStories-33M was trained with this tokenizer and ships none (its model card says so).
@@ -158,6 +159,8 @@ def check_options(args: StoryArguments, training_args, model_args) -> None:
     contract = kl.gradient_contract(*penalty)
     if args.strict:
         kl.warn_of_gradient(contract, f"kl_estimator {args.kl_estimator!r}, kl_placement {args.kl_placement!r}", True)
+    if args.kl_estimator in kl.FULL_VOCABULARY:
+        kl.full_vocabulary_estimate(args.kl_estimator, args.kl_direction, args.kl_top_k)
     kl.check_choice("beta_unit", args.beta_unit, BETA_UNITS)
     kl.check_choice("kl_controller", args.kl_controller, CONTROLLERS)
     kl.check_choice("collapse_guard", args.collapse_guard, GUARDS)

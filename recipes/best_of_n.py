@@ -16,8 +16,9 @@ import torch
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser, set_seed
 
+from kl_alliteration.decoder import read_decoder
 from kl_alliteration.evaluation import best_of_n
-from kl_alliteration.generation import read_decoder, sample
+from kl_alliteration.generation import sample
 from kl_alliteration.recipe import load_rewards, one_line_errors
 from kl_alliteration.report import plot_frontier, read_run
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT

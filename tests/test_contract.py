@@ -336,10 +336,12 @@ def test_a_null_or_wrong_gradient_warns_or_stops(enumerated, row, words):
         KLPenaltyCallback(trainer, *row, strict=True)
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("row", [("k1", "reward"), ("k2", "loss"), ("k3", "both"), ("exact", "both")], ids="-".join)
-def test_a_good_choice_is_silent(enumerated, row):
-    KLPenaltyCallback(enumerated(), *row, strict=True)
+def test_a_good_choice_is_silent(enumerated, recwarn, row):
+    trainer = enumerated()
+    recwarn.clear()
+    callback = KLPenaltyCallback(trainer, *row, strict=True)
+    assert (callback.kl_estimator, callback.kl_placement) == row and [str(w.message) for w in recwarn] == []
 
 
 def test_words_name_reduction_and_budget():

@@ -117,6 +117,20 @@ def test_the_mean_of_10000_samples_is_exact_within_3_standard_errors(ids, estima
     assert ((samples.mean(0) - exact).abs() < 3 * standard_error).all()
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_mean_of_10000_sampled_sums_of_k1_is_the_sum_of_exact(ids, name):
+    """Over the ten states of a text, for each family of models."""
+    model, ref = build(name, 0), build(name, 1)
+    with torch.no_grad():
+        p, q = distribution(model, ids[:1]), distribution(ref, ids[:1])
+        exact = compare(kl.exact, model, ref, ids[:1])[0].sum()
+    torch.manual_seed(0)
+    tokens = p.sample((10_000,))[:, 0]  # (10000, T)
+    log_p, log_q = (x.logits[0].expand(10_000, -1, -1).gather(-1, tokens[..., None])[..., 0] for x in (p, q))
+    samples = kl.k1(log_p - log_q).sum(-1)
+    assert (samples.mean() - exact).abs() < 3 * samples.std() / 100
+
+
 def test_top_k_by_hand():
     """p = 1/2, 1/4, 1/8, 1/8, q uniform; k = 2: ln 2 / 2 + 0 for the two, -ln 2 more where a third was sampled."""
     log_p = torch.tensor([[0.5, 0.25, 0.125, 0.125]] * 2, dtype=torch.float64).log()

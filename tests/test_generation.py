@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
 
 from kl_alliteration import KLPenaltyCallback, generation, use_fast_sampling
 from kl_alliteration._trl import rollout_seam
+from kl_alliteration.decoder import Unsupported, read_decoder
 
 V = 61
 SIZES = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -77,7 +78,7 @@ def test_greedy_tokens_equal_those_of_generate(name, padded, lora):
     ids, mask = prompts(padded)
     config = options(do_sample=False, eos_token_id=[0, 17])
     expected = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    found = generation.sample(generation.read_decoder(model), ids, mask, config)
+    found = generation.sample(read_decoder(model), ids, mask, config)
     assert found.tolist() == expected.tolist()
 
 
@@ -85,7 +86,7 @@ def test_greedy_tokens_equal_those_of_generate(name, padded, lora):
 def test_the_logits_are_the_model_s(name):
     model = build(name)
     ids, mask = prompts(padded=False)
-    decoder = generation.read_decoder(model)
+    decoder = read_decoder(model)
     decoder.start(mask, 7)
     with torch.no_grad():
         decoder.step(ids[:, :4])
@@ -98,10 +99,10 @@ def test_the_base_is_not_touched_by_folding():
     model = build("llama", lora=True)
     before = {n: p.clone() for n, p in model.named_parameters()}
     ids, mask = prompts(padded=True)
-    generation.sample(generation.read_decoder(model), ids, mask, options(do_sample=True))
+    generation.sample(read_decoder(model), ids, mask, options(do_sample=True))
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     with model.disable_adapter():
-        off = generation.read_decoder(model)
+        off = read_decoder(model)
     assert torch.equal(off.layers[0].out.weight, model.get_base_model().model.layers[0].self_attn.o_proj.weight.t())
 
 
@@ -147,9 +148,7 @@ def test_rows_end_at_any_end_of_text_and_are_padded():
     ids, mask = prompts(padded=False)
     torch.manual_seed(0)
     ids, mask = ids.repeat(20, 1), mask.repeat(20, 1)
-    out = generation.sample(
-        generation.read_decoder(model), ids, mask, options(do_sample=True, eos_token_id=[0, 5, 9], top_k=0)
-    )
+    out = generation.sample(read_decoder(model), ids, mask, options(do_sample=True, eos_token_id=[0, 5, 9], top_k=0))
     for row in out[:, 7:].tolist():
         ends = [i for i, token in enumerate(row) if token in (0, 5, 9)]
         assert not ends or set(row[ends[0] + 1 :]) <= {1}
@@ -181,8 +180,8 @@ def test_what_is_not_supported_goes_to_generate_with_one_line(make_trainer, capl
 
 def test_another_architecture_is_named():
     config = transformers.Gemma2Config(**SIZES, intermediate_size=48, num_key_value_heads=2, head_dim=8)
-    with pytest.raises(generation.Unsupported, match="Gemma2ForCausalLM is none of LlamaForCausalLM"):
-        generation.read_decoder(transformers.AutoModelForCausalLM.from_config(config))
+    with pytest.raises(Unsupported, match="Gemma2ForCausalLM is none of LlamaForCausalLM"):
+        read_decoder(transformers.AutoModelForCausalLM.from_config(config))
 
 
 def history(trainer) -> list[dict]:
@@ -231,3 +230,11 @@ def test_one_forward_is_off_where_a_batch_is_not_one_update(make_trainer, option
     trainer = make_trainer(**options)
     assert rollout_seam(trainer).one_forward() is False
     trainer.train()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_rotary_positions_that_depend_on_the_length_are_named(name):
+    config = copy.deepcopy(CONFIGS[name])
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    with pytest.raises(Unsupported, match="rotary positions of type 'dynamic'"):
+        read_decoder(transformers.AutoModelForCausalLM.from_config(config))

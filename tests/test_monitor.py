@@ -96,10 +96,21 @@ def test_truncated_sampling_is_said(make_trainer, options, estimator, words):
         KLPenaltyCallback(trainer, estimator, "both" if estimator == "exact" else "reward")
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_exact_is_the_remedy_for_truncation_and_plain_sampling_is_silent(make_trainer):
-    KLPenaltyCallback(make_trainer(top_k=50), "exact", "both")
-    KLMonitorCallback(make_trainer())
+def test_exact_is_the_remedy_for_truncation_and_plain_sampling_is_silent(make_trainer, recwarn):
+    truncated, plain = make_trainer(top_k=50), make_trainer()
+    recwarn.clear()
+    KLPenaltyCallback(truncated, "exact", "both")
+    KLMonitorCallback(plain)
+    assert [str(w.message) for w in recwarn] == []
+
+
+def test_exact_is_computed_once_for_penalty_and_monitor(make_trainer, monkeypatch):
+    trainer = make_trainer(max_steps=1)
+    KLPenaltyCallback(trainer, "exact", "both", kl_top_k=7)
+    trainer.add_callback(KLMonitorCallback(trainer, exact=True))
+    rollouts = keep_rollouts(trainer)
+    trainer.train()
+    assert [key[0] for key in rollouts[0].known] == ["exact"]
 
 
 @pytest.fixture(scope="module")

@@ -136,6 +136,7 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--bta", "0.1"], "unknown option --bta; did you mean --beta?"),
         (["--kl_estimator", "k4"], "kl_estimator must be one of k1, k2, k3, abs, exact, top_k, got 'k4'"),
         (["--kl_reduction", "max"], "kl_reduction must be one of sum, mean, got 'max'"),
+        (["--kl_estimator", "top_k", "--kl_top_k", "0"], "kl_top_k must be >= 1, got 0"),
         (["--kl_placement", "top"], "kl_placement must be one of reward, loss, both, got 'top'"),
         (["--kl_direction", "forward"], "kl_direction 'forward' needs kl_estimator 'exact', got 'k1'"),
         (["--kl_budget_per_token", "-1"], "kl_budget_per_token must be >= 0 and finite, got -1.0"),

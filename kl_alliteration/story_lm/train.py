@@ -285,7 +285,7 @@ language: en
 
 A Qwen2 of {facts["parameters"]:,} parameters that writes young children's stories. This project made it from stories
 that this project wrote: {len(load_skeletons())} hand-written skeletons (`../stories/`) with slots for {entries:,}
-lexicon entries (`../lexicon.txt`), drawn by `../corpus.py`. To make it again, in under 30 minutes on two cores:
+lexicon entries (`../lexicon.txt`), drawn by `../corpus.py`. To make it again:
 
 ```
 python -m kl_alliteration.story_lm.train
