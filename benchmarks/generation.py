@@ -5,7 +5,7 @@
     python benchmarks/generation.py --scaling               # cost of sampling alone as length, batch, vocabulary grow
 
 100 new tokens, groups of 10, k1 in the reward, learning rate 0. Every repetition is a process of its own, so that peak
-memory is a variant's own; one step is not counted. Prints Markdown: medians and the quartiles of paired ratios. The
+memory is a variant's own; one step is not counted. `--variants study stock "+ memory kept"` leaves the others out. Prints Markdown: medians and the quartiles of paired ratios. The
 floor is the operations of the matrix products that no implementation saves (decoding, two scoring passes, one of them
 with a backward pass), at the rate of a large product on this machine with the same threads.
 """
@@ -27,7 +27,13 @@ from kl_alliteration import alliteration_reward, generation, use_fast_sampling
 from kl_alliteration.decoder import read_decoder
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 
-VARIANTS = ("study", "stock", "fast sampling", "fast sampling, one forward")
+VARIANTS = {  # and what each asks of `use_fast_sampling`
+    "study": None,
+    "stock": None,
+    "fast sampling": {"one_forward": False, "keep_memory": False},
+    "+ one forward": {"keep_memory": False},
+    "+ memory kept": {},
+}
 
 
 def model_folder(name: str) -> str:
@@ -86,8 +92,8 @@ def run_study(folder: str, batch: int, steps: int) -> dict:
 def run_trl(variant: str, folder: str, batch: int, steps: int) -> dict:
     options = {"beta": 0.25, "per_device_train_batch_size": batch, "max_steps": steps + 1}
     trainer = make_trainer(folder, **options)
-    if variant != "stock":
-        use_fast_sampling(trainer, one_forward=variant.endswith("one forward"))
+    if VARIANTS[variant] is not None:
+        use_fast_sampling(trainer, **VARIANTS[variant])
     spent = {name: [] for name in ("generate", "prepare", "step")}
 
     def timed(name, function):
@@ -135,38 +141,63 @@ def timeit(function) -> float:
     return time.perf_counter() - start
 
 
+def sampling_alone(way: str, vocabulary: int, batch: int, length: int) -> dict:
+    """Median seconds of three, by a 0.3M-parameter Llama."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=vocabulary, **sizes)).eval()
+    ids = torch.randint(2, vocabulary, (batch, 4))
+    mask = torch.ones_like(ids)
+    config = GenerationConfig(do_sample=True, max_new_tokens=length, top_k=0, pad_token_id=1, disable_compile=True)
+    model.generation_config.eos_token_id = None
+    ways = {
+        "transformers": lambda: model.generate(input_ids=ids, attention_mask=mask, generation_config=config),
+        "ours": lambda: generation.sample(read_decoder(model), ids, mask, config),
+    }
+    return {"seconds": statistics.median(timeit(ways[way]) for _ in range(3))}
+
+
 def scaling() -> None:
-    """Sampling alone, ours and transformers', 0.3M-parameter Llamas; seconds and peak memory grow with what?"""
-
-    def measure(vocabulary=4608, batch=40, length=100):
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
-        model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=vocabulary, **sizes)).eval()
-        ids = torch.randint(2, vocabulary, (batch, 4))
-        mask = torch.ones_like(ids)
-        config = GenerationConfig(do_sample=True, max_new_tokens=length, top_k=0, pad_token_id=1, disable_compile=True)
-        model.generation_config.eos_token_id = None
-        ways = (
-            lambda: model.generate(input_ids=ids, attention_mask=mask, generation_config=config),
-            lambda: generation.sample(read_decoder(model), ids, mask, config),
-        )
-        seconds = [statistics.median([timeit(way) for _ in range(3)]) for way in ways]
-        return seconds
-
-    print("| vocabulary | batch | new tokens | transformers (s) | ours (s) | ratio |\n|---|---|---|---|---|---|")
+    """Sampling alone, ours and transformers': seconds and peak memory grow with what?"""
+    print("| vocabulary | batch | new tokens | transformers (s) | ours (s) | ratio | transformers (MB) | ours (MB) |")
+    print("|---" * 8 + "|")
     cases = [{"length": n} for n in (32, 128, 512)] + [{"batch": n} for n in (8, 40, 160, 640)]
     for case in cases + [{"vocabulary": n} for n in (512, 4608, 50_257)]:
-        theirs, ours = measure(**case)
-        shown = {"vocabulary": 4608, "batch": 40, "length": 100} | case
-        cells = " | ".join(str(value) for value in shown.values())
-        print(f"| {cells} | {theirs:.2f} | {ours:.2f} | {ours / theirs:.2f} |", flush=True)
+        case = {"vocabulary": 4608, "batch": 40, "length": 100} | case
+        theirs, ours = (in_a_process("--way", way, "--case", json.dumps(case)) for way in ("transformers", "ours"))
+        cells = " | ".join(str(value) for value in case.values())
+        a, b = theirs["seconds"], ours["seconds"]
+        memory = f"{theirs['memory']:.0f} | {ours['memory']:.0f}"
+        print(f"| {cells} | {a:.2f} | {b:.2f} | {b / a:.2f} | {memory} |", flush=True)
+
+
+def in_a_process(*options: str) -> dict:
+    """What a child of this file found."""
+    done = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    if not lines:
+        sys.exit(done.stderr[-2000:])
+    return json.loads(lines[0].removeprefix("FOUND "))
 
 
 def child(args) -> None:
-    run = run_study if args.variant == "study" else lambda *rest: run_trl(args.variant, *rest)
-    found = run(args.folder, args.batch, args.steps)
+    if args.way:
+        found = sampling_alone(args.way, **json.loads(args.case))
+    elif args.variant == "study":
+        found = run_study(args.folder, args.batch, args.steps)
+    else:
+        found = run_trl(args.variant, args.folder, args.batch, args.steps)
     found["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print("FOUND " + json.dumps(found))
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Median and, where there are enough, quartiles."""
+    median = f"{statistics.median(values):.{digits}f}"
+    if len(values) < 4:
+        return median
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{median} ({first:.{digits}f} - {third:.{digits}f})"
 
 
 def main():
@@ -176,41 +207,37 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--scaling", action="store_true")
-    parser.add_argument("--variant", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    for name in ("--variant", "--folder", "--way", "--case"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
     quiet()
-    if args.variant:
+    if args.variant or args.way:
         return child(args)
     if args.scaling:
         return scaling()
     folder = model_folder(args.model)
-    runs = {variant: [] for variant in VARIANTS}
+    runs = {variant: [] for variant in args.variants}
+    options = ["--folder", folder, "--batch", str(args.batch), "--steps", str(args.steps)]
     for repeat in range(args.repeats):
-        for variant in VARIANTS[repeat % 4 :] + VARIANTS[: repeat % 4]:
-            command = [sys.executable, __file__, "--variant", variant, "--folder", folder]
-            command += ["--batch", str(args.batch), "--steps", str(args.steps)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-            if not lines:
-                sys.exit(done.stderr[-2000:])
-            runs[variant].append(json.loads(lines[0].removeprefix("FOUND ")))
+        for variant in args.variants[:: -1 if repeat % 2 else 1]:
+            runs[variant].append(in_a_process("--variant", variant, *options))
     print(f"{args.model}, batch {args.batch}, {device()}; floor {floor(folder, args.batch):.2f} s a step\n")
     columns = ("generate", "score", "update", "step", "memory", "generations")
-    print(
-        "| | generate (s) | score (s) | update (s) | step (s) | peak (MB) | generations/s | step / stock | x study |"
-    )
-    print("|---" * 9 + "|")
-    for variant in VARIANTS:
+    print("| | generate (s) | score (s) | update (s) | step (s) | peak (MB) | generations/s |", end="")
+    print(" generate / stock | step / stock | x study |")
+    print("|---" * 10 + "|")
+    for variant in args.variants:
         cells = []
         for name in columns:
             values = [r[name] for r in runs[variant] if name in r]
             cells.append(f"{statistics.median(values):.{0 if name == 'memory' else 2}f}" if values else "-")
         pairs = list(zip(runs[variant], runs["stock"], runs["study"], strict=True))
         rate = [mine["generations"] / study["generations"] for mine, _, study in pairs]
-        against = [mine["step"] / stock["step"] for mine, stock, _ in pairs]
-        cells.append("-" if variant == "study" else f"{statistics.median(against):.2f}")
-        cells.append(f"{statistics.median(rate):.1f}")
+        for part in ("generate", "step"):
+            against = [mine[part] / stock[part] for mine, stock, _ in pairs if part in mine]
+            cells.append("-" if variant == "study" else spread(against, 2))
+        cells.append(spread(rate, 1))
         print(f"| {variant} | {' | '.join(cells)} |")
 
 

@@ -19,14 +19,25 @@ class Unsupported(ValueError):
     """Why a call goes to the model's own `generate`."""
 
 
-@dataclass
 class Linear:
-    """(In, Out) weight and bias of a projection, or of several side by side."""
+    """A projection, or several side by side: (Out, In) weight and (Out,) bias, laid out for products of few rows.
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    On a CPU in float32 the weight is packed once, as oneDNN wants it; a plain product packs it at every call, which
+    costs two to four times as much as the product of a decode step itself.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        packs = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        self.packed = packs and weight.device.type == "cpu" and weight.dtype == torch.float32
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        else:
+            self.weight = weight.detach().t().contiguous()  # (In, Out): a product of few rows reads it in order
+        self.bias = None if bias is None else bias.detach()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
 
 
@@ -50,7 +61,7 @@ class Decoder:
     rotary: Callable | None
     layers: list[Layer]
     norm: Callable
-    head: Linear  # (H, V)
+    head: Linear  # to V logits
     heads: int
     kv_heads: int
     head_dim: int
@@ -85,15 +96,15 @@ class Decoder:
         if self.angles is not None:
             cos, sin = (a[:, None, first:last] for a in self.angles)  # (B or 1, 1, T, D)
         masks: dict = {}
-        split = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
+        heads, kv_heads = self.heads, self.kv_heads
         for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
-            q, k, v = layer.qkv(layer.norm1(x)).view(batch, length, -1).split(split, dim=-1)
-            q = q.view(batch, length, self.heads, self.head_dim).transpose(1, 2)
-            k = k.view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+            qkv = layer.qkv(layer.norm1(x)).view(batch, length, -1, self.head_dim).transpose(1, 2)
+            qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
             if cos is not None:
-                q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+                qk = _rotate(qk, cos, sin)
+            q, k = qk.split([heads, kv_heads], dim=1)
             keys[:, :, first:last] = k
-            values[:, :, first:last] = v.view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+            values[:, :, first:last] = v
             # One token sees the end of the cache that its window covers; more than one need a mask.
             begin = max(0, last - layer.window) if layer.window and length == 1 else 0
             if (layer.window, begin) not in masks:
@@ -104,7 +115,7 @@ class Decoder:
                 values[:, :, begin:last],
                 attn_mask=masks[layer.window, begin],
                 scale=self.scale,
-                enable_gqa=self.kv_heads != self.heads,
+                enable_gqa=kv_heads != heads,
             )
             x = x + layer.out(y.transpose(1, 2).reshape(batch * length, -1))
             h = layer.mlp_in(layer.norm2(x))
@@ -143,7 +154,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def _effective(module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(In, Out) weight and bias of a linear module, an active LoRA folded into a copy."""
+    """(Out, In) weight and bias of a linear module, an active LoRA folded into a copy."""
     base = module.get_base_layer() if isinstance(module, LoraLayer) else module
     if type(base) not in (torch.nn.Linear, Conv1D):
         raise Unsupported(f"a projection is a {type(base).__name__}")
@@ -155,23 +166,20 @@ def _effective(module) -> tuple[torch.Tensor, torch.Tensor | None]:
             if name in module.lora_variant or module.lora_B[name].bias is not None:
                 raise Unsupported("the adapter is a variant of LoRA, such as DoRA")
             weight = weight + module.get_delta_weight(name).to(weight.dtype)
-    return (weight if isinstance(base, Conv1D) else weight.t()), base.bias
+    return (weight.t() if isinstance(base, Conv1D) else weight), base.bias
 
 
 def _linear(*modules) -> Linear:
     weights, biases = zip(*(_effective(m) for m in modules), strict=True)
     bias = None if biases[0] is None else torch.cat(biases)
-    # Contiguous as (In, Out): a product of few rows reads it in order.
-    return Linear(torch.cat(weights, dim=1).contiguous(), bias)
+    return Linear(torch.cat(weights), bias)
 
 
 def _rms_norm(module) -> Callable:
     weight, eps = module.weight, module.variance_epsilon
 
     def norm(x: torch.Tensor) -> torch.Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-        return weight * y.to(x.dtype)
+        return weight * F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype)
 
     return norm
 

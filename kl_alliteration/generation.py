@@ -7,6 +7,9 @@ by the inverse of the cumulative distribution. The distribution that is sampled 
 What is not supported goes to the model's own `generate`, and the log says why, once.
 """
 
+import ctypes
+import platform
+
 import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
@@ -96,7 +99,9 @@ def draw(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
     if not config.do_sample:
         return logits.argmax(-1)
     p = probabilities(logits, config)
-    p = F.pad(p, (0, -p.shape[-1] % BLOCK)).view(len(p), -1, BLOCK)
+    if beyond := -p.shape[-1] % BLOCK:
+        p = F.pad(p, (0, beyond))
+    p = p.view(len(p), -1, BLOCK)
     blocks = p.sum(-1).cumsum(-1)  # (B, V / BLOCK)
     # Each search takes the first sum beyond a number in [0, total), so that what it finds has a probability above 0.
     uniform = _below(torch.rand_like(blocks[:, -1:]) * blocks[:, -1:], blocks)
@@ -143,7 +148,21 @@ def sample(
     return out
 
 
-def use_fast_sampling(trainer, one_forward: bool = True) -> None:
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that it frees, where its C library is glibc; `False` elsewhere.
+
+    On a CPU every large tensor is memory that the kernel has to map and clear anew, and gets back when it is freed:
+    with a small model that is half of a training step. The options are `M_TRIM_THRESHOLD` and `M_MMAP_MAX` of
+    `mallopt(3)`. The process holds on to its peak from then on.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_max = -1, -4  # names of options in malloc.h
+    return bool(libc.mallopt(trim_threshold, -1) and libc.mallopt(mmap_max, 0))
+
+
+def use_fast_sampling(trainer, one_forward: bool = True, keep_memory: bool = True) -> None:
     """Let a stock trainer sample its completions with this module: `generate` of its model is replaced.
 
     Supported are Llama, Qwen2, GPT-2 and GPT-Neo, full or LoRA, with temperature, top-k, top-p, min-p, any set of
@@ -152,7 +171,11 @@ def use_fast_sampling(trainer, one_forward: bool = True) -> None:
 
     `one_forward`: where a generation batch is one update, the loss uses the scoring pass and its graph in place of a
     second forward pass. It holds the graph while the reference scores and the rewards are computed.
+
+    `keep_memory`: on a CPU, [`keep_freed_memory`].
     """
+    if keep_memory and trainer.accelerator.device.type == "cpu":
+        keep_freed_memory()
     if one_forward:
         rollout_seam(trainer).one_forward()
     accelerator = trainer.accelerator
