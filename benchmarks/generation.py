@@ -5,9 +5,10 @@
     python benchmarks/generation.py --scaling               # cost of sampling alone as length, batch, vocabulary grow
 
 100 new tokens, groups of 10, k1 in the reward, learning rate 0. Every repetition is a process of its own, so that peak
-memory is a variant's own; one step is not counted. `--variants study stock "+ memory kept"` leaves the others out. Prints Markdown: medians and the quartiles of paired ratios. The
-floor is the operations of the matrix products that no implementation saves (decoding, two scoring passes, one of them
-with a backward pass), at the rate of a large product on this machine with the same threads.
+memory is a variant's own; one step is not counted. `--variants study stock "+ memory kept"` leaves the others out.
+Prints Markdown: medians and the quartiles of paired ratios. The floor is the operations of the matrix products that no
+implementation saves (decoding, two scoring passes, one of them with a backward pass), at the rate of a large product
+on this machine with the same threads.
 """
 
 import argparse
