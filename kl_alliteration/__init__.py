@@ -9,9 +9,9 @@ from .callbacks import (
     StoryTableCallback,
 )
 from .evaluation import Judgement, judge
+from .figures import plot_curves
 from .generation import use_fast_sampling
 from .guard import CollapseGuardCallback, CollapseLimits
-from .report import plot_curves
 from .rewards import alliteration_reward
 
 __version__ = "0.1.0"

@@ -11,3 +11,11 @@ def count_alliterations(text: str) -> int:
     """
     initials = [word[0].lower() for word in text.split()]
     return sum(a == b for a, b in pairwise(initials))
+
+
+def alliterating_words(text: str) -> list[tuple[str, bool]]:
+    """The words of a text, and whether each is in an alliterating pair."""
+    words = text.split()
+    initials = [word[0].lower() for word in words]
+    pairs = [False, *(a == b for a, b in pairwise(initials)), False]
+    return [(word, any(sides)) for word, sides in zip(words, pairwise(pairs), strict=False)]

@@ -1,85 +1,166 @@
-"""Figures of a run."""
+"""A folder of runs as one page: figures, stories and a table, all from the runs' own files.
 
+    python -m kl_alliteration.report runs/sweep
+
+Writes `report.html`, which needs no network and no other file, `report.md` and the figures as PNG. What is missing or
+broken is said on the page, and the rest is drawn.
+"""
+
+import argparse
+import base64
+import html
 import json
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
+from .alliteration import alliterating_words
+from .figures import plot_frontier, plot_groups, read_run
+from .recipe import one_line_errors
+from .sweep import group_of, read_metrics, read_summary
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+COLUMNS = {
+    "reward_mean": "reward",
+    "different_share": "different",
+    "distinct_2": "distinct pairs",
+    "kl_per_token": "KL per token",
+    "kl_per_sequence": "KL per sequence",
+    "entropy_per_token": "entropy",
+}
+PANELS = {  # file: (log entry, label)
+    "reward.png": ("reward", "reward (alliterating pairs)"),
+    "kl.png": ("kl", "KL to the reference (nats per token)"),
+    "entropy.png": ("entropy", "entropy (nats per token)"),
+    "different.png": ("guard/different_share", "share of different stories in a batch"),
+}
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
+td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:right}td:first-child,th:first-child{text-align:left}
+img{width:100%;height:auto}blockquote{margin:.5rem 0;padding-left:1rem;border-left:3px solid #ccc}
+mark{background:#ffe08a}.missing{color:#a33}"""
 
-# Okabe-Ito, told apart by readers with any colour vision.
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-PANELS = (
-    ("reward", "reward (alliterating pairs)", BLUE),
-    ("kl", "KL to the reference (nats per token)", ORANGE),
-    ("beta", "beta (reward per nat)", PURPLE),
-    ("entropy", "entropy (nats per token)", GREEN),
-)
+
+def read_runs(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """Run folders by group, seeds together, in order of their beta; and what is missing, in words."""
+    groups: dict[str, list[Path]] = {}
+    missing = []
+    for run in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if not read_metrics(run):
+            missing.append(f"{run.name}: no metrics.jsonl that can be read, left out")
+            continue
+        if read_summary(run) is None:
+            missing.append(f"{run.name}: not finished, drawn as far as it went")
+        groups.setdefault(group_of(run.name), []).append(run)
+    return dict(sorted(groups.items(), key=lambda item: beta_of(item[1][0]))), missing
 
 
-def plot_curves(log_history: list[dict], path: str | Path, title: str = "", base_reward: float | None = None) -> None:
-    """`curves.png` of one run: reward, KL per token, beta and entropy over generations.
+def beta_of(run: Path) -> float:
+    """The beta that a run started with."""
+    return next((entry["beta"] for entry in read_metrics(run) if "beta" in entry), 0.0)
+
+
+def conclusions(groups: dict[str, list[Path]]) -> list[list[str]]:
+    """A row a group: mean of the finished seeds, and their range."""
+    rows = []
+    for group, runs in groups.items():
+        done = [summary["after"] for run in runs if (summary := read_summary(run))]
+        cells = [group, f"{beta_of(runs[0]):.3g}", str(len(done))]
+        for name in COLUMNS:
+            values = [judgement[name] for judgement in done if judgement.get(name) is not None]
+            mean = f"{statistics.fmean(values):.2f}" if values else "-"
+            cells.append(mean + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""))
+        rows.append(cells)
+    return rows
+
+
+def stories(groups: dict[str, list[Path]]) -> dict[str, list[str]]:
+    """Two fresh stories of the first finished run of every group."""
+    found = {}
+    for group, runs in groups.items():
+        told = next(
+            (summary["stories"] for run in runs if (summary := read_summary(run)) and "stories" in summary), []
+        )
+        if told:
+            found[group] = told[:2]
+    return found
+
+
+def marked(text: str, mark: Callable[[str], str], plain: Callable[[str], str]) -> str:
+    return " ".join(mark(word) if alliterates else plain(word) for word, alliterates in alliterating_words(text))
+
+
+def write_report(folder: str | Path, frontier_path: str | Path | None = None) -> Path:
+    """Figures, `report.md` and `report.html` of a folder of runs, into that folder.
 
     Args:
-        log_history (`list[dict]`): The lines of `metrics.jsonl`; an entry without a quantity is left out of its panel.
-        base_reward (`float`, *optional*): Drawn as a dashed line.
+        frontier_path (`str`, *optional*): `frontier.json` of `recipes/best_of_n.py`, drawn under reward over KL.
+
+    Raises:
+        `ValueError`: where the folder does not exist.
     """
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, layout="constrained")
-    for axis, (name, label, color) in zip(axes.flat, PANELS, strict=True):
-        points = [(e["generations"], e[name]) for e in log_history if e.get(name) is not None and "generations" in e]
-        if points:
-            axis.plot(*zip(*points, strict=True), color=color, linewidth=2)
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {str(folder)!r}")
+    groups, missing = read_runs(folder)
+    figures = []
+    for name, (entry, label) in PANELS.items():
+        if plot_groups(groups, entry, label, folder / name):
+            figures.append((name, label))
         else:
-            axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="0.4")
-        axis.set_title(label, loc="left", fontsize=12)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-        axis.set_ylim(bottom=min(0, *(y for _, y in points)) if points else 0)
-    if base_reward is not None:
-        axes[0, 0].axhline(base_reward, color="0.4", linestyle="--", linewidth=1)
-        axes[0, 0].annotate("before", (1, base_reward), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-    for axis in axes[1]:
-        axis.set_xlabel("generations")
-    figure.suptitle(title, fontsize=13)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+            missing.append(f"{label}: not in any log")
+    drawable = []
+    for group, runs in groups.items():
+        try:
+            drawable.append(read_run(runs[0]) | {"name": group})
+        except ValueError:
+            missing.append(f"{group}: no KL per sequence in its logs")
+    try:
+        frontier = json.loads(Path(frontier_path).read_text())["frontier"] if frontier_path else []
+    except (OSError, ValueError, KeyError):
+        frontier = []
+        missing.append(f"best of n: {frontier_path} cannot be read")
+    if drawable:
+        plot_frontier(frontier, drawable, folder / "reward_over_kl.png")
+        figures.append(("reward_over_kl.png", "reward over KL per sequence"))
+    head = ["run", "beta", "seeds", *COLUMNS.values()]
+    rows, told = conclusions(groups), stories(groups)
+
+    lines = [f"# {folder.name}", ""] + [f"- missing: {words}" for words in missing]
+    lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"] + [f"| {' | '.join(row)} |" for row in rows]
+    lines += [f"\n![{label}]({name})" for name, label in figures]
+    for group, texts in told.items():
+        lines += [f"\n## {group}"] + [f"\n> {marked(text, lambda w: f'**{w}**', str)}" for text in texts]
+    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    page = [f"<h1>{html.escape(folder.name)}</h1>"]
+    page += [f'<p class="missing">Missing: {html.escape(words)}</p>' for words in missing]
+    page.append(f"<table><tr>{''.join(f'<th>{html.escape(c)}</th>' for c in head)}</tr>")
+    page += [f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows] + ["</table>"]
+    for name, label in figures:
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+        page.append(
+            f'<h2>{html.escape(label)}</h2><img alt="{html.escape(label)}" src="data:image/png;base64,{data}">'
+        )
+    for group, texts in told.items():
+        page.append(f"<h2>{html.escape(group)}</h2>")
+        for text in texts:
+            body = marked(text, lambda w: f"<mark>{html.escape(w)}</mark>", html.escape)
+            page.append(f"<blockquote>{body}</blockquote>")
+    title = html.escape(folder.name)
+    document = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    path = folder / "report.html"
+    path.write_text(document + "\n".join(page) + "</html>\n", encoding="utf-8")
+    return path
 
 
-def read_run(folder: str | Path) -> dict:
-    """Name, KL per sequence and reward of each log of a run, from its `metrics.jsonl`.
-
-    Takes the exact KL where the monitor logged it, else k1. Raises `ValueError` where there is nothing to draw.
-    """
-    path = Path(folder, "metrics.jsonl")
-    if not path.is_file():
-        raise ValueError(f"runs: there is no {path}")
-    points = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        kl_per_sequence = entry.get("kl/exact_per_sequence", entry.get("kl/k1_per_sequence"))
-        if kl_per_sequence is not None and "reward" in entry:
-            points.append((kl_per_sequence, entry["reward"]))
-    if not points:
-        raise ValueError(f"runs: {path} has no KL per sequence; train with --kl_monitor and a reference")
-    return {"name": Path(folder).name, "points": points}
+@one_line_errors
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="folder with a folder a run")
+    parser.add_argument("--frontier", help="frontier.json of recipes/best_of_n.py")
+    args = parser.parse_args()
+    print(write_report(args.folder, args.frontier))
 
 
-def plot_frontier(frontier: list[dict], runs: list[dict], path: str | Path) -> None:
-    """Reward over KL per sequence: best-of-n with its band, and training runs from [`read_run`]."""
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    kl = [point["kl_per_sequence"] for point in frontier]
-    axis.fill_between(kl, [p["low"] for p in frontier], [p["high"] for p in frontier], color="0.8", linewidth=0)
-    axis.plot(kl, [p["reward"] for p in frontier], color="0.2", linewidth=2)
-    last = frontier[-1]
-    axis.annotate(f"best of n, to {last['n']:,}", (last["kl_per_sequence"], last["reward"]), fontsize=11)
-    for run, color in zip(runs, [BLUE, ORANGE, GREEN, PURPLE] * len(runs), strict=False):
-        axis.plot(*zip(*run["points"], strict=True), color=color, marker="o", markersize=3, linewidth=1.5)
-        axis.annotate(run["name"], run["points"][-1], color=color, fontsize=11)
-    axis.set_xlabel("KL to the reference (nats per sequence)")
-    axis.set_ylabel("reward (alliterating pairs)")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
-    axis.set_ylim(bottom=0)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+if __name__ == "__main__":
+    main()

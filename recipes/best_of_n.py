@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from kl_alliteration.decoder import read_decoder
 from kl_alliteration.evaluation import best_of_n
+from kl_alliteration.figures import plot_frontier, read_run
 from kl_alliteration.generation import sample
 from kl_alliteration.recipe import load_rewards, one_line_errors
-from kl_alliteration.report import plot_frontier, read_run
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 
 

@@ -124,7 +124,8 @@ def main():
         show(before, after, folder)
         title = f"{Path(model_args.model_name_or_path).name}: beta {training_args.beta:g}, {args.kl_estimator}"
         plot_curves(trainer.state.log_history, folder / "curves.png", title, before.reward_mean)
-        summary = {"before": before.numbers(), "after": after.numbers(), "seconds": round(time.time() - start, 1)}
+        summary = {"before": before.numbers(), "after": after.numbers(), "stories": after.texts[:5]}
+        summary["seconds"] = round(time.time() - start, 1)
         Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         print(f"{summary['seconds']:.0f} s. Model, curves.png, stories.md, metrics.jsonl, summary.json: {folder}")
     if training_args.push_to_hub:

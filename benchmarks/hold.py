@@ -1,0 +1,158 @@
+"""Does the sweet spot hold, what does it cost, and which rule holds it?
+
+    python benchmarks/hold.py held          # the default of rloo_tall_tree for 20,000 generations and more
+    python benchmarks/hold.py ahead         # reward per nat: that, stock TRL at five betas, and best-of-n
+    python benchmarks/hold.py controllers   # every rule on the same seeds
+    python benchmarks/hold.py guard         # beta 0, stopped by the guard
+
+Three seeds each. Runs go into runs/hold and are kept: a second call draws what is there and trains the rest. Prints
+Markdown; figures go into --figures. `ahead` draws runs/best_of_n/frontier.json, which recipes/best_of_n.py writes.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from kl_alliteration.figures import plot_frontier, plot_runs, read_run
+from kl_alliteration.sweep import ROOT, Run, read_metrics, read_summary, run_all, seeds_of
+
+TARGET = 0.15  # nats per token
+WINDOW = 20  # steps of a mean of the KL
+REWARD_WINDOW = 2_000  # generations of a mean of the reward
+QUIET = {"disable_tqdm": True, "show_stories_every": 0, "report_to": "none", "logging_steps": 1}
+STOCK = {"kl_controller": "fixed", "kl_estimator": "k1", "kl_placement": "reward"}
+SHORT = {"max_steps": 100}
+EXPERIMENTS = {
+    "held": {"default": {"max_steps": 600, "eval_stories": 500}},
+    "ahead": {f"stock {beta}": STOCK | SHORT | {"beta": beta} for beta in (0.2, 0.3, 0.45, 0.7, 1.0)},
+    "controllers": {
+        rule: SHORT | {"kl_controller": rule, "kl_estimator": "k1", "kl_placement": "reward", "beta": 0.3}
+        for rule in ("fixed", "step", "ppo", "ziegler", "pi")
+    },
+    "guard": {"beta 0": {"beta": 0, "kl_controller": "fixed", "kl_estimator": "k1", "kl_placement": "reward"}},
+}
+
+
+def running_mean(values: list[float], window: int) -> list[float]:
+    return [statistics.fmean(values[i : i + window]) for i in range(len(values) - window + 1)]
+
+
+def held(folder: Path) -> list[str]:
+    """One row: what the issue of holding asks of a run whose logs are one a step."""
+    log = [entry for entry in read_metrics(folder) if "reward" in entry]
+    summary = read_summary(folder)
+    kl = [entry.get("kl/exact_per_token", entry["kl"]) for entry in log]
+    batch = log[0]["generations"]
+    means = running_mean(kl, WINDOW)
+    reached = next((i for i, mean in enumerate(means) if mean >= 0.8 * TARGET), None)
+    if reached is None:
+        return [folder.name, "not reached"]
+    held_for = batch * (len(log) - reached - WINDOW)
+    after = means[reached:]
+    rewards = running_mean([entry["reward"] for entry in log], REWARD_WINDOW // batch)
+    stories, base = summary["after"], summary["before"]
+    return [
+        folder.name,
+        f"{batch * (reached + WINDOW):,}",
+        f"{held_for:,}",
+        f"{max(means) / TARGET:.2f}",
+        f"{min(after) / TARGET:.2f} to {max(after) / TARGET:.2f}",
+        f"{statistics.fmean(abs(m / TARGET - 1) <= 0.2 for m in after):.1%}",
+        f"{rewards[-1]:.1f}",
+        f"{rewards[-1] / max(rewards):.2f}",
+        f"{stories['different_share']:.1%}",
+        f"{stories['distinct_2'] / base['distinct_2']:.2f}",
+        f"{stories['kl_per_sequence']:.1f}",
+    ]
+
+
+HELD_COLUMNS = (
+    "run",
+    "reached at (generations)",
+    "held for (generations)",
+    f"largest {WINDOW}-step mean / target",
+    "then, / target",
+    "within 20 %",
+    f"reward, last {REWARD_WINDOW:,}",
+    "of the best",
+    "different",
+    "distinct pairs / base",
+    "KL per sequence",
+)
+
+
+def table(columns, rows) -> None:
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+def reward_at(folder: Path, kl_per_sequence: float) -> float | None:
+    """Mean reward of the logs whose smoothed KL per sequence is within a tenth of this one."""
+    points = read_run(folder)["points"]
+    smooth = running_mean([kl for kl, _ in points], 10)
+    near = [
+        points[i + j][1] for i, mean in enumerate(smooth) if abs(mean / kl_per_sequence - 1) <= 0.1 for j in range(10)
+    ]
+    return statistics.fmean(near) if near else None
+
+
+def ahead(runs: dict[str, list[Path]], frontier: list[dict], figures: Path) -> None:
+    levels = (6, 12, 18)
+    rows = []
+    for name, folders in runs.items():
+        cells = []
+        for level in levels:
+            rewards = [r for folder in folders if (r := reward_at(folder, level)) is not None]
+            spread = f"{statistics.fmean(rewards):.1f} ({min(rewards):.1f} to {max(rewards):.1f})" if rewards else "-"
+            cells.append(f"{spread}, {len(rewards)} of {len(folders)}")
+        rows.append([name, *cells])
+    beyond = [next((p for p in frontier if p["kl_per_sequence"] >= level), None) for level in levels]
+    rows.append(["best of n", *(f"{p['reward']:.1f}" if p else "no such n" for p in beyond)])
+    table(("", *(f"reward at {level} nats" for level in levels)), rows)
+    drawn = [{**read_run(folders[0]), "name": name} for name, folders in runs.items()]
+    for run in drawn:
+        columns = zip(*run["points"], strict=True)
+        run["points"] = list(zip(*(running_mean(list(c), 10) for c in columns), strict=True))
+    plot_frontier(frontier, drawn, figures / "frontier.png")
+
+
+def guard(folder: Path) -> list[str]:
+    log = [entry for entry in read_metrics(folder) if "reward" in entry]
+    share = [entry["guard/different_share"] for entry in log]
+    return [folder.name, f"{log[-1]['generations']:,}", f"{share[-1]:.0%}", f"{log[-1]['reward']:.1f}"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "hold")
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "images")
+    parser.add_argument("--at_a_time", type=int, default=1)
+    args = parser.parse_args()
+    wanted = dict(EXPERIMENTS[args.experiment])
+    if args.experiment == "ahead":
+        wanted = EXPERIMENTS["held"] | wanted
+    runs: dict[str, list[Run]] = {
+        name: seeds_of(name.replace(" ", "_"), QUIET | options, args.seeds) for name, options in wanted.items()
+    }
+    recipe, config = ROOT / "recipes/rloo_tall_tree.py", str(ROOT / "accelerate_configs/cpu.yaml")
+    failed = run_all([r for group in runs.values() for r in group], recipe, args.folder, config, args.at_a_time)
+    if failed:
+        raise SystemExit(1)
+    folders = {name: [args.folder / run.name for run in group] for name, group in runs.items()}
+    if args.experiment == "held":
+        table(HELD_COLUMNS, [held(folder) for folder in folders["default"]])
+    if args.experiment == "ahead":
+        frontier = json.loads((ROOT / "runs/best_of_n/frontier.json").read_text())["frontier"]
+        ahead(folders, frontier, args.figures)
+    if args.experiment == "guard":
+        table(("run", "stopped at (generations)", "different", "reward"), [guard(f) for f in folders["beta 0"]])
+    if args.experiment in ("held", "controllers"):
+        plot_runs(folders, args.figures / f"{args.experiment}.png", TARGET)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Figures of a run."""
+
+from itertools import cycle
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from .sweep import read_metrics  # noqa: E402
+
+# Okabe-Ito, told apart by readers with any colour vision.
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
+PANELS = (
+    ("reward", "reward (alliterating pairs)", BLUE),
+    ("kl", "KL to the reference (nats per token)", ORANGE),
+    ("beta", "beta (reward per nat)", PURPLE),
+    ("entropy", "entropy (nats per token)", GREEN),
+)
+
+
+def plot_curves(log_history: list[dict], path: str | Path, title: str = "", base_reward: float | None = None) -> None:
+    """`curves.png` of one run: reward, KL per token, beta and entropy over generations.
+
+    Args:
+        log_history (`list[dict]`): The lines of `metrics.jsonl`; an entry without a quantity is left out of its panel.
+        base_reward (`float`, *optional*): Drawn as a dashed line.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, layout="constrained")
+    for axis, (name, label, color) in zip(axes.flat, PANELS, strict=True):
+        points = [(e["generations"], e[name]) for e in log_history if e.get(name) is not None and "generations" in e]
+        if points:
+            axis.plot(*zip(*points, strict=True), color=color, linewidth=2)
+        else:
+            axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="0.4")
+        axis.set_title(label, loc="left", fontsize=12)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.set_ylim(bottom=min(0, *(y for _, y in points)) if points else 0)
+    if base_reward is not None:
+        axes[0, 0].axhline(base_reward, color="0.4", linestyle="--", linewidth=1)
+        axes[0, 0].annotate("before", (1, base_reward), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    for axis in axes[1]:
+        axis.set_xlabel("generations")
+    figure.suptitle(title, fontsize=13)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def read_run(folder: str | Path) -> dict:
+    """Name, KL per sequence and reward of each log of a run, from its `metrics.jsonl`.
+
+    Takes the exact KL where the monitor logged it, else k1. Raises `ValueError` where there is nothing to draw.
+    """
+    path = Path(folder, "metrics.jsonl")
+    if not path.is_file():
+        raise ValueError(f"runs: there is no {path}")
+    points = []
+    for entry in read_metrics(folder):
+        kl_per_sequence = entry.get("kl/exact_per_sequence", entry.get("kl/k1_per_sequence"))
+        if kl_per_sequence is not None and "reward" in entry:
+            points.append((kl_per_sequence, entry["reward"]))
+    if not points:
+        raise ValueError(f"runs: {path} has no KL per sequence; train with --kl_monitor and a reference")
+    return {"name": Path(folder).name, "points": points}
+
+
+def plot_frontier(frontier: list[dict], runs: list[dict], path: str | Path) -> None:
+    """Reward over KL per sequence: best-of-n with its band, and training runs from [`read_run`]."""
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    if frontier:
+        kl = [point["kl_per_sequence"] for point in frontier]
+        axis.fill_between(kl, [p["low"] for p in frontier], [p["high"] for p in frontier], color="0.8", linewidth=0)
+        axis.plot(kl, [p["reward"] for p in frontier], color="0.2", linewidth=2)
+        last = frontier[-1]
+        axis.annotate(f"best of n, to {last['n']:,}", (last["kl_per_sequence"], last["reward"]), fontsize=11)
+    for run, color in zip(runs, cycle(COLORS), strict=False):
+        axis.plot(*zip(*run["points"], strict=True), color=color, marker="o", markersize=3, linewidth=1.5)
+        axis.annotate(run["name"], run["points"][-1], color=color, fontsize=11)
+    axis.set_xlabel("KL to the reference (nats per sequence)")
+    axis.set_ylabel("reward (alliterating pairs)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    axis.set_ylim(bottom=0)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_groups(groups: dict[str, list[Path]], name: str, label: str, path: str | Path) -> bool:
+    """One quantity of the logs over generations: a colour a group of run folders, a thin line a seed.
+
+    `False`, and no file, where no log has it.
+    """
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    ends = []
+    for (group, folders), color in zip(groups.items(), cycle(COLORS), strict=False):
+        lines = [
+            [
+                (e["generations"], e[name])
+                for e in read_metrics(folder)
+                if e.get(name) is not None and "generations" in e
+            ]
+            for folder in folders
+        ]
+        for points in filter(None, lines):
+            axis.plot(*zip(*points, strict=True), color=color, linewidth=1.4, alpha=0.8)
+        if last := [points[-1] for points in lines if points]:
+            ends.append((sum(y for _, y in last) / len(last), max(x for x, _ in last), group, color))
+    if ends:
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+        _label_ends(axis, ends)
+        axis.set_title(label, loc="left", fontsize=14)
+        axis.set_xlabel("generations", fontsize=12)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return bool(ends)
+
+
+def _label_ends(axis, ends: list[tuple[float, float, str, str]]) -> None:
+    """Names at the right end of their lines, moved apart where they would lie on each other."""
+    low, high = axis.get_ylim()
+    step, place = (high - low) / 18, low - (high - low)
+    right = max(x for _, x, _, _ in ends)
+    for y, x, name, color in sorted(ends):
+        place = max(y, place + step)
+        axis.annotate(
+            name,
+            (x, y),
+            xytext=(right * 1.03, place),
+            color=color,
+            fontsize=11,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.4, "linewidth": 0.8},
+        )
+
+
+def plot_runs(groups: dict[str, list[Path]], path: str | Path, target_kl_per_token: float | None = None) -> None:
+    """KL per token, beta and reward over generations: a colour a group of run folders, a thin line a seed.
+
+    KL and reward are means of 20 logs. `target_kl_per_token` is drawn with the 20 % on both sides of it.
+    """
+    figure, axes = plt.subplots(3, 1, figsize=(9, 9), sharex=True, layout="constrained")
+    panels = (("kl", "KL to the reference (nats per token)"), ("beta", "beta (reward per nat)"))
+    panels += (("reward", "reward (alliterating pairs)"),)
+    for axis, (name, label) in zip(axes, panels, strict=True):
+        for (group, folders), color in zip(groups.items(), cycle(COLORS), strict=False):
+            for folder in folders:
+                log = [e for e in read_metrics(folder) if e.get(name) is not None and "generations" in e]
+                window = 1 if name == "beta" else min(20, len(log))
+                values = [e.get("kl/exact_per_token", e["kl"]) if name == "kl" else e[name] for e in log]
+                sums = [sum(values[i : i + window]) / window for i in range(len(values) - window + 1)]
+                places = [e["generations"] for e in log[window - 1 :]]
+                axis.plot(places, sums, color=color, linewidth=1.4, alpha=0.85)
+            if folders and log and len(groups) > 1:
+                axis.annotate(f" {group}", (places[-1], sums[-1]), color=color, fontsize=10, va="center")
+        axis.set_title(label, loc="left", fontsize=12)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        if name == "beta":
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
+    if target_kl_per_token:
+        axes[0].axhspan(0.8 * target_kl_per_token, 1.2 * target_kl_per_token, color="0.9", zorder=0)
+        axes[0].axhline(target_kl_per_token, color="0.4", linestyle="--", linewidth=1)
+    axes[-1].set_xlabel("generations")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,165 @@
+"""Several runs of a recipe, some at a time, resumable: what the sweeps and the benchmarks share.
+
+A run is a process group of its own, started by `accelerate launch`. It is finished when its folder holds
+`summary.json`; a run that was broken off goes on from its last checkpoint.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from transformers.trainer_utils import get_last_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """A name, which is its folder's too, and options of the recipe: `{"beta": 0.3, "seed": 1}`, or words as typed."""
+
+    name: str
+    options: dict = field(default_factory=dict)
+    words: tuple[str, ...] = ()
+
+
+def seeds_of(name: str, options: dict, seeds) -> list[Run]:
+    """The same options once a seed, as `name_seed_0`, ..."""
+    return [Run(f"{name}_seed_{seed}", options | {"seed": seed}) for seed in seeds]
+
+
+def group_of(name: str) -> str:
+    """The name without its seed."""
+    return re.sub(r"_seed_\d+$", "", name)
+
+
+def launch_command(run: Run, recipe: Path, folder: Path, launch_config: str, threads: int | None = None) -> list[str]:
+    """The `accelerate launch` command of a run, with `--resume_from_checkpoint` where there is a checkpoint."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", launch_config]
+    if threads:
+        command += ["--num_cpu_threads_per_process", str(threads)]
+    command += [str(recipe), *run.words, "--output_dir", str(folder / run.name)]
+    for name, value in run.options.items():
+        command += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    checkpoint = get_last_checkpoint(folder / run.name) if (folder / run.name).is_dir() else None
+    return command + (["--resume_from_checkpoint", checkpoint] if checkpoint else [])
+
+
+def read_summary(folder: Path) -> dict | None:
+    """`summary.json` of a finished run; `None` where there is none, or half of one."""
+    try:
+        return json.loads(Path(folder, "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of `metrics.jsonl` so far; a last line that is still being written is left out."""
+    try:
+        lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    entries = []
+    for line in lines:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+class Process:
+    """One run under way. What it prints goes to `log.txt` in its folder."""
+
+    def __init__(self, run: Run, command: list[str], folder: Path):
+        self.run, self.folder = run, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        end_orphan(folder)
+        with (folder / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(f"$ {shlex.join(command)}\n")
+            log.flush()
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        started = psutil.Process(self.process.pid).create_time()
+        (folder / "process.json").write_text(json.dumps({"pid": self.process.pid, "started": started}))
+
+    def last_words(self) -> str:
+        lines = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1] if lines else "nothing"
+
+
+def end_orphan(folder: Path) -> None:
+    """End what a sweep that was killed left running in this folder: the group of processes that it had started."""
+    try:
+        left = json.loads((folder / "process.json").read_text())
+    except (OSError, ValueError):
+        return
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == left["pid"] and process.create_time() >= left["started"]:
+                process.kill()
+                process.wait(10)
+        except (OSError, psutil.Error):
+            continue
+
+
+def run_all(
+    runs: list[Run], recipe: Path, folder: Path, launch_config: str, at_a_time: int = 1, console: Console | None = None
+) -> list[Run]:
+    """Bring all runs to their end, in order, `at_a_time` side by side; returns those that failed.
+
+    Finished runs are kept. Shows an overview of all while they run; an interrupt ends the runs under way.
+    """
+    for name in {run.name for run in runs}:
+        if sum(run.name == name for run in runs) > 1:
+            raise ValueError(f"two runs are called {name!r}")
+    threads = max(1, len(os.sched_getaffinity(0)) // at_a_time) if hasattr(os, "sched_getaffinity") else None
+    waiting = [run for run in runs if read_summary(folder / run.name) is None]
+    under_way: list[Process] = []
+    failed: dict[str, str] = {}
+    console = console or Console()
+    with Live(console=console, refresh_per_second=1, transient=True) as live:
+        try:
+            while waiting or under_way:
+                while waiting and len(under_way) < at_a_time:
+                    run = waiting.pop(0)
+                    command = launch_command(run, recipe, folder, launch_config, threads)
+                    under_way.append(Process(run, command, folder / run.name))
+                live.update(overview(runs, folder, {p.run.name for p in under_way}, failed))
+                time.sleep(1)
+                for process in [p for p in under_way if p.process.poll() is not None]:
+                    under_way.remove(process)
+                    if process.process.returncode or read_summary(process.folder) is None:
+                        failed[process.run.name] = process.last_words()
+        finally:
+            for process in under_way:
+                os.killpg(process.process.pid, signal.SIGTERM)
+    console.print(overview(runs, folder, set(), failed))
+    for name, words in failed.items():
+        console.print(f"{name} failed: {words}", markup=False, soft_wrap=True)
+    return [run for run in runs if run.name in failed]
+
+
+def overview(runs: list[Run], folder: Path, under_way: set[str], failed: dict[str, str]) -> Table:
+    table = Table()
+    for column in ("run", "", "generations", "reward", "KL per token", "beta"):
+        table.add_column(column, justify="left" if column in ("run", "") else "right")
+    for run in runs:
+        state = "runs" if run.name in under_way else "failed" if run.name in failed else "waits"
+        state = "done" if read_summary(folder / run.name) is not None else state
+        last = next((e for e in reversed(read_metrics(folder / run.name)) if "reward" in e), {})
+        formats = {"generations": ",d", "reward": ".1f", "kl": ".3f", "beta": ".3g"}
+        values = [format(last[k], f) if last.get(k) is not None else "-" for k, f in formats.items()]
+        table.add_row(run.name, state, *values)
+    return table

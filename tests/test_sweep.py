@@ -1,0 +1,95 @@
+"""Runs side by side: kept when finished, gone on with when broken off, named when failed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+
+from kl_alliteration.sweep import ROOT, Run, end_orphan, launch_command, read_metrics, read_summary, run_all, seeds_of
+
+CPU = str(ROOT / "accelerate_configs/cpu.yaml")
+# A recipe's manners without its work: counts its starts, and ends as it is told.
+RECIPE = """
+import json, sys, time
+from pathlib import Path
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = Path(options["--output_dir"])
+starts = folder / "starts"
+starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
+if options["--ending"] == "fails":
+    sys.exit("error: no such thing")
+time.sleep(float(options.get("--seconds", 0)))
+folder.joinpath("summary.json").write_text(json.dumps({"seed": options["--seed"]}))
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.py"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_finished_runs_are_kept_and_failed_ones_are_named(recipe, tmp_path):
+    runs = [*seeds_of("good", {"ending": "well"}, [0, 1]), Run("bad", {"ending": "fails", "seed": 0})]
+    folder = tmp_path / "runs"
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))
+    failed = run_all(runs, recipe, folder, CPU, at_a_time=3, console=console)
+    assert [run.name for run in failed] == ["bad"]
+    assert read_summary(folder / "good_seed_1") == {"seed": "1"}
+    said = console.export_text()
+    assert "bad failed: error: no such thing" in said
+    (folder / "good_seed_0" / "summary.json").write_text('{"half": ')  # of a run that was broken off as it wrote
+    run_all(runs[:2], recipe, folder, CPU, at_a_time=2, console=console)
+    assert [len((folder / run.name / "starts").read_text()) for run in runs[:2]] == [2, 1]
+
+
+def test_two_runs_of_one_name_are_refused(recipe, tmp_path):
+    with pytest.raises(ValueError, match="two runs are called 'a'"):
+        run_all([Run("a"), Run("a")], recipe, tmp_path, CPU)
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(recipe, tmp_path):
+    (tmp_path / "a" / "checkpoint-20").mkdir(parents=True)
+    (tmp_path / "a" / "checkpoint-100").mkdir()
+    command = launch_command(Run("a", {"beta": 0.3, "reward_funcs": ["x.y", "z.w"]}), recipe, tmp_path, CPU, 1)
+    assert command[-2:] == ["--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-100")]
+    assert "--beta 0.3 --reward_funcs x.y z.w" in " ".join(command)
+    assert "--resume" not in " ".join(launch_command(Run("b"), recipe, tmp_path, CPU))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="process groups")
+def test_what_a_killed_sweep_left_running_is_ended(recipe, tmp_path):
+    script = textwrap.dedent(f"""
+        from pathlib import Path
+        from kl_alliteration.sweep import Run, run_all
+        run_all([Run("a", {{"ending": "well", "seconds": 60, "seed": 0}})], Path({str(recipe)!r}),
+                Path({str(tmp_path)!r}), {CPU!r})
+    """)
+    sweep = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
+    starts = tmp_path / "a" / "starts"
+    for _ in range(600):
+        if starts.exists():
+            break
+        time.sleep(0.1)
+    sweep.send_signal(signal.SIGKILL)
+    sweep.wait()
+    leader = json.loads((tmp_path / "a" / "process.json").read_text())["pid"]
+    group = [p for p in psutil.process_iter() if p.pid and os.getpgid(p.pid) == leader]
+    assert len(group) >= 2  # the launcher and the recipe outlive the sweep
+    end_orphan(tmp_path / "a")
+    assert not [p for p in group if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_line_that_is_still_being_written_is_left_out(tmp_path):
+    Path(tmp_path, "metrics.jsonl").write_text('{"reward": 1}\n{"reward": 2}\n{"rew')
+    assert read_metrics(tmp_path) == [{"reward": 1}, {"reward": 2}]
+    assert read_metrics(tmp_path / "nowhere") == []
