@@ -16,7 +16,7 @@ tall-tree: $(BIN)/.installed  ## the main job: a story model learns to alliterat
 	$(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $$(nproc) --config_file accelerate_configs/$(CONFIG).yaml recipes/rloo_tall_tree.py $(ARGS)
 
 collapse: $(BIN)/.installed  ## the same without a penalty
-	$(MAKE) tall-tree ARGS="--beta 0 --output_dir runs/collapse $(ARGS)"
+	$(MAKE) tall-tree ARGS="--config recipes/fixed_beta.yaml --beta 0 --output_dir runs/collapse $(ARGS)"
 
 test: $(BIN)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS)

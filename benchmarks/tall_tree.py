@@ -1,19 +1,17 @@
-"""Measure the README's figures: the recipe at several betas and seeds, one after the other, as a Markdown table.
+"""Measure the README's figures: the recipe's default, and a fixed beta at several values, as a Markdown table.
 
-    python benchmarks/tall_tree.py                       # beta 0, the default and 4; seeds 0, 1, 2
+    python benchmarks/tall_tree.py                       # the default; fixed betas 0, 0.3, 4; seeds 0, 1, 2
     python benchmarks/tall_tree.py --betas 0.3 --seeds 0 -- --use_peft
 
 What stands behind `--` goes to the recipe. Runs that are already in the output folder are not repeated.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from kl_alliteration.sweep import ROOT, Run, read_summary, run_all
+
 COLUMNS = {
     "reward_mean": "reward",
     "different_share": "different",
@@ -24,17 +22,6 @@ COLUMNS = {
 }
 
 
-def run(beta: str, seed: int, folder: Path, options: list[str]) -> dict:
-    if not (folder / "summary.json").exists():
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file"]
-        config, recipe = ROOT / "accelerate_configs/cpu.yaml", ROOT / "recipes/rloo_tall_tree.py"
-        arguments = ["--seed", str(seed), "--output_dir", str(folder), "--show_stories_every", "0", *options]
-        if beta != "default":
-            arguments += ["--beta", beta]
-        subprocess.run([*launch, str(config), str(recipe), *arguments], check=True, cwd=ROOT, stdout=sys.stderr)
-    return json.loads((folder / "summary.json").read_text())
-
-
 def spread(values: list) -> str:
     if None in values:
         return "-"
@@ -43,21 +30,28 @@ def spread(values: list) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--betas", nargs="+", default=["0", "default", "4"])
+    parser.add_argument("--betas", nargs="+", default=["default", "0", "0.3", "4"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmark")
+    parser.add_argument("--at_a_time", type=int, default=1)
     parser.add_argument("options", nargs="*", help="more options of the recipe, behind --")
     args = parser.parse_args()
-    lines = [f"| beta | {' | '.join(COLUMNS.values())} | seconds |", "|---" * (len(COLUMNS) + 2) + "|"]
-    before = None
+    runs = {}
     for beta in args.betas:
-        runs = [run(beta, seed, args.folder / f"beta_{beta}_seed_{seed}", args.options) for seed in args.seeds]
-        before = before or runs
-        cells = [spread([r["after"][name] for r in runs]) for name in COLUMNS]
-        lines.append(f"| {beta} | {' | '.join(cells)} | {spread([r['seconds'] for r in runs])} |")
-    cells = [spread([r["before"][name] for r in before]) for name in COLUMNS]
-    lines.insert(2, f"| before | {' | '.join(cells)} | |")
-    print("\n".join(lines))
+        words = () if beta == "default" else ("--config", str(ROOT / "recipes/fixed_beta.yaml"), "--beta", beta)
+        words = (*words, "--show_stories_every", "0", *args.options)
+        runs[beta] = [Run(f"beta_{beta}_seed_{seed}", {"seed": seed}, words) for seed in args.seeds]
+    recipe, config = ROOT / "recipes/rloo_tall_tree.py", str(ROOT / "accelerate_configs/cpu.yaml")
+    if run_all([run for group in runs.values() for run in group], recipe, args.folder, config, args.at_a_time):
+        raise SystemExit(1)
+    found = {beta: [read_summary(args.folder / run.name) for run in group] for beta, group in runs.items()}
+    print(f"| beta | {' | '.join(COLUMNS.values())} | seconds |")
+    print("|---" * (len(COLUMNS) + 2) + "|")
+    cells = [spread([s["before"][name] for s in next(iter(found.values()))]) for name in COLUMNS]
+    print(f"| before | {' | '.join(cells)} | |")
+    for beta, summaries in found.items():
+        cells = [spread([s["after"][name] for s in summaries]) for name in COLUMNS]
+        print(f"| {beta} | {' | '.join(cells)} | {spread([s['seconds'] for s in summaries])} |")
 
 
 if __name__ == "__main__":

@@ -85,14 +85,16 @@ class ProportionalRule:
 class LogPIRule:
     """Proportional and integral control of log beta on the relative error of a smoothed KL, within bounds.
 
-    `log beta = log beta_0 + proportional * e + integral * sum of e`, `e = kl / target - 1` clipped to +-1. The sum
-    stands still while beta is at a bound that the error pushes it beyond (anti-windup).
+    `log beta = log beta_0 + proportional * e + integral * sum of e`, `e = kl / target - 1` clipped to `-below` and 1.
+    Two guards against windup: far below the target the error counts as `-below` alone, for there the policy needs time
+    and not a smaller beta, and the sum stands still while beta is at a bound that the error pushes it beyond.
     """
 
     value: float
     target_kl_per_token: float
-    proportional: float = 0.5
-    integral: float = 0.05
+    proportional: float = 2.0
+    integral: float = 0.02
+    below: float = 0.2
     smoothing: float = 0.7  # weight of the past in the moving average of the KL
     smallest: float = 1e-3
     largest: float = 1e3
@@ -110,7 +112,7 @@ class LogPIRule:
     def update(self, kl_per_token: float, generations: int) -> float:
         past = kl_per_token if self.smoothed_kl_per_token is None else self.smoothed_kl_per_token
         self.smoothed_kl_per_token = self.smoothing * past + (1 - self.smoothing) * kl_per_token
-        error = max(-1.0, min(1.0, self.smoothed_kl_per_token / self.target_kl_per_token - 1))
+        error = max(-self.below, min(1.0, self.smoothed_kl_per_token / self.target_kl_per_token - 1))
         low, high = math.log(self.smallest), math.log(self.largest)
         wanted = self.start + self.proportional * error + self.integral * (self.error_sum + error)
         if low <= wanted <= high or (wanted > high) == (error < 0):

@@ -327,8 +327,9 @@ def add_instruments(trainer, args: StoryArguments) -> None:
         trainer.add_callback(CollapseGuardCallback(trainer, args.collapse_guard))
 
 
-def run_training(trainer):
-    """Train, resumed where the options say so, and under the guard where it may go back."""
+def run_training(trainer) -> dict:
+    """Train, resumed where the options say so, and under the guard where it may go back; what the guard saw."""
     guards = [c for c in trainer.callback_handler.callbacks if isinstance(c, CollapseGuardCallback)]
     train = guards[0].train if guards else trainer.train
-    return train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    return {"collapse": guards[0].collapse, "last_good_checkpoint": guards[0].last_good} if guards else {}

@@ -115,7 +115,7 @@ def main():
     disable_progress_bar()
     trainer = build_trainer(args, training_args, model_args)
     before = judge_policy(trainer, args, model_args)
-    run_training(trainer)
+    guarded = run_training(trainer)
     after = judge_policy(trainer, args, model_args)
 
     folder = Path(training_args.output_dir)
@@ -125,7 +125,7 @@ def main():
         title = f"{Path(model_args.model_name_or_path).name}: beta {training_args.beta:g}, {args.kl_estimator}"
         plot_curves(trainer.state.log_history, folder / "curves.png", title, before.reward_mean)
         summary = {"before": before.numbers(), "after": after.numbers(), "stories": after.texts[:5]}
-        summary["seconds"] = round(time.time() - start, 1)
+        summary |= guarded | {"seconds": round(time.time() - start, 1)}
         Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         print(f"{summary['seconds']:.0f} s. Model, curves.png, stories.md, metrics.jsonl, summary.json: {folder}")
     if training_args.push_to_hub:

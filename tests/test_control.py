@@ -41,11 +41,19 @@ def test_pi_by_hand():
     assert rule.update(0.05, 10) == pytest.approx(math.exp(0.1 * 0.5))
 
 
+def test_pi_waits_far_below_its_target():
+    """50 steps without any KL count as 50 errors of 0.2, not of 1: log beta = 2 * -0.2 + 0.02 * -10."""
+    rule = control.LogPIRule(1.0, 0.1)
+    for _ in range(50):
+        rule.update(0.0, 40)
+    assert rule.value == pytest.approx(math.exp(-0.6))
+
+
 def test_pi_does_not_wind_up():
     """A long time at the bound costs no more steps to leave than a short one."""
     rules = []
     for steps in (20, 2000):
-        rule = control.LogPIRule(1.0, 0.1, integral=0.2, smoothing=0.0, largest=3.0)
+        rule = control.LogPIRule(1.0, 0.1, proportional=0.5, integral=0.2, smoothing=0.0, largest=3.0)
         for _ in range(steps):
             rule.update(1.0, 10)
         assert rule.value == pytest.approx(3.0)
@@ -84,7 +92,7 @@ def test_step_response(name, start):
         "step": lambda: control.StepRule(start, target),
         "ppo": lambda: control.ppo_rule(start, target),
         "ziegler": lambda: control.ProportionalRule(start, target, horizon=2000),
-        "pi": lambda: control.LogPIRule(start, target, proportional=0.3, integral=0.01),
+        "pi": lambda: control.LogPIRule(start, target),
     }[name]()
     trace = plant(rule)
     held = trace[-500:]
