@@ -314,7 +314,8 @@ def check_penalty(estimator: str, placement: str, reduction: str, direction: str
             raise ValueError(f"kl_budget_per_token must be >= 0 and finite, got {budget_per_token}")
         if placement != "reward" and estimator not in FULL_VOCABULARY:
             raise ValueError(
-                f"kl_budget_per_token in the loss needs kl_estimator {' or '.join(FULL_VOCABULARY)}, got {estimator!r}"
+                f"kl_budget_per_token in the loss needs kl_estimator {' or '.join(FULL_VOCABULARY)}, "
+                f"got {estimator!r}; take it away with kl_budget_per_token none"
             )
 
 

@@ -72,7 +72,10 @@ class StoryArguments(ScriptArguments):
     )
     kl_budget_per_token: float | None = field(
         default=None,
-        metadata={"help": "Nats per token that a story may spend for nothing; the penalty is on what is beyond."},
+        metadata={
+            "help": "Nats per token that a story may spend for nothing; the penalty is on what is beyond. "
+            "`none` is no budget."
+        },
     )
     kl_top_k: int = field(default=64, metadata={"help": "Tokens that kl_estimator `top_k` takes in full."})
     beta_unit: str = field(
@@ -107,6 +110,9 @@ class RecipeParser(TrlParser):
     def __init__(self, dataclass_types, defaults: Path, **kwargs):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.defaults = defaults
+        for action in self._actions:
+            if action.dest in ("kl_budget_per_token", "target_kl_per_token"):
+                action.type = float_or_none
 
     def parse(self, args: list[str] | None = None):
         args = list(sys.argv[1:] if args is None else args)
@@ -134,6 +140,11 @@ class RecipeParser(TrlParser):
 
     def error(self, message):
         raise ValueError(message)
+
+
+def float_or_none(value: str) -> float | None:
+    """So that the command line can take away what a YAML file gives."""
+    return None if value.lower() == "none" else float(value)
 
 
 def one_line_errors(main):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kl_alliteration.story_lm import MODEL_PATH
 
 ROOT = Path(__file__).parent.parent
+FIXED_BETA = "--config", ROOT / "recipes/fixed_beta.yaml"
 SMALL = "--max_steps 2 --max_completion_length 12 --eval_stories 6 --logging_steps 1 --show_stories_every 1".split()
 
 
@@ -54,7 +55,7 @@ def test_accelerate_launch_writes_everything_it_promises(tmp_path):
         assert name in done.stdout
     assert "Step 1" in done.stdout and "Once upon a time" in done.stdout
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["generations"] for line in lines[:2]] == [20, 40]
+    assert [line["generations"] for line in lines[:2]] == [40, 80]
 
 
 def test_peft_saves_a_small_adapter_whose_off_is_the_base(tmp_path):
@@ -87,7 +88,7 @@ def test_own_prompts_rewards_and_estimator(tmp_path):
         "def short(completions, **kwargs):\n    return [-float(len(c)) for c in completions]\n"
     )
     done = run(
-        *("--output_dir", "out", "--dataset_name", "prompts.jsonl", "--reward_funcs", "mine.short"),
+        *("--output_dir", "out", *FIXED_BETA, "--dataset_name", "prompts.jsonl", "--reward_funcs", "mine.short"),
         *("kl_alliteration.rewards.alliteration_reward", "--kl_estimator", "k3", "--kl_reduction", "mean", *SMALL),
         cwd=tmp_path,
     )
@@ -105,6 +106,12 @@ def test_the_penalty_s_options_and_the_study_s_unit(tmp_path):
     first = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[0])
     assert first["beta"] == pytest.approx(40 / 99)
     assert "kl/exact_per_sequence" in first and "kl/budget_use" in first
+
+
+def test_the_command_line_takes_a_budget_away(tmp_path):
+    run("--output_dir", "out", "--kl_budget_per_token", "none", *SMALL, cwd=tmp_path)
+    first = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[0])
+    assert "kl/exact_per_token" in first and "kl/budget_use" not in first
 
 
 def test_a_rule_moves_beta(tmp_path):
@@ -138,9 +145,13 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--kl_reduction", "max"], "kl_reduction must be one of sum, mean, got 'max'"),
         (["--kl_estimator", "top_k", "--kl_top_k", "0"], "kl_top_k must be >= 1, got 0"),
         (["--kl_placement", "top"], "kl_placement must be one of reward, loss, both, got 'top'"),
-        (["--kl_direction", "forward"], "kl_direction 'forward' needs kl_estimator 'exact', got 'k1'"),
+        (["--kl_estimator", "k3"], "in the loss needs kl_estimator exact or top_k, got 'k3'; take it away with"),
+        ([*FIXED_BETA, "--kl_direction", "forward"], "kl_direction 'forward' needs kl_estimator 'exact', got 'k1'"),
         (["--kl_budget_per_token", "-1"], "kl_budget_per_token must be >= 0 and finite, got -1.0"),
-        (["--kl_placement", "loss", "--strict"], "gives a gradient that is zero: only noise. Use k2 in the loss"),
+        (
+            [*FIXED_BETA, "--kl_placement", "loss", "--strict"],
+            "gives a gradient that is zero: only noise. Use k2 in the loss",
+        ),
         (["--beta_unit", "week"], "beta_unit must be one of sequence, study, got 'week'"),
         (["--kl_controller", "pid"], "kl_controller must be one of fixed, step, ppo, ziegler, pi, got 'pid'"),
         (["--kl_controller", "pi"], "target_kl_per_token must be > 0 with kl_controller 'pi', got None"),
@@ -157,6 +168,7 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--eval_stories", "0"], "eval_stories must be >= 1, got 0"),
         (["--push_to_hub"], "push_to_hub: no valid login at the Hub"),
         (["--num_generations", "many"], "invalid int value: 'many'"),
+        (["--kl_budget_per_token", "much"], "invalid float_or_none value: 'much'"),
     ],
 )
 def test_refusals(tmp_path, options, says):
@@ -192,3 +204,19 @@ def test_best_of_n_draws_the_frontier(tmp_path):
     assert facts["frontier"][-1]["n"] == 30 and (tmp_path / "runs/best_of_n/frontier.png").stat().st_size > 5_000
     done = run("--runs", "nowhere", cwd=tmp_path, recipe="best_of_n.py", check=False)
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: runs: there is no nowhere/metrics.jsonl"
+
+
+def test_a_sweep_prints_its_commands_and_ends_in_a_report(tmp_path):
+    options = "--betas", "0", "4", "--beta_unit", "sequence", "--seeds", "1", "--output_dir", "out", "--at_a_time", 2
+    said = run(*options, "--print_commands", cwd=tmp_path, recipe="sweep_beta.py").stdout.splitlines()
+    assert len(said) == 2 and "accelerate" in said[0] and "--beta 4.0" in said[1] and "--seed 1" in said[1]
+    assert not (tmp_path / "out").exists()
+    done = run(*options, *SMALL, cwd=tmp_path, recipe="sweep_beta.py")
+    page = (tmp_path / "out/report.html").read_text()
+    assert "beta_4" in page and page.count("data:image/png;base64") == 5
+    started = (tmp_path / "out/beta_4_seed_1/process.json").read_text()
+    run(*options, *SMALL, cwd=tmp_path, recipe="sweep_beta.py")  # finished runs are kept
+    assert (tmp_path / "out/beta_4_seed_1/process.json").read_text() == started
+    assert "done" in done.stdout
+    done = run(*options, "--betas", "-1", cwd=tmp_path, recipe="sweep_beta.py", check=False)
+    assert done.returncode == 2 and "error: betas must be >= 0, got -1.0" in done.stderr
