@@ -14,23 +14,32 @@ import json
 import statistics
 from pathlib import Path
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kl_alliteration import alliteration_reward, judge
 from kl_alliteration.figures import plot_frontier, plot_runs, read_run
+from kl_alliteration.story_lm import PROMPT
 from kl_alliteration.sweep import ROOT, Run, read_metrics, read_summary, run_all, seeds_of
 
 TARGET = 0.15  # nats per token
 WINDOW = 20  # steps of a mean of the KL
 REWARD_WINDOW = 2_000  # generations of a mean of the reward
 QUIET = {"disable_tqdm": True, "show_stories_every": 0, "report_to": "none", "logging_steps": 1}
-STOCK = {"kl_controller": "fixed", "kl_estimator": "k1", "kl_placement": "reward"}
-SHORT = {"max_steps": 100}
+STOCK = {"kl_estimator": "k1", "kl_placement": "reward", "kl_budget_per_token": "none", "max_steps": 60}
+RULED = STOCK | {"max_steps": 100, "target_kl_per_token": TARGET, "beta": 0.3}
 EXPERIMENTS = {
     "held": {"default": {"max_steps": 600, "eval_stories": 500}},
-    "ahead": {f"stock {beta}": STOCK | SHORT | {"beta": beta} for beta in (0.2, 0.3, 0.45, 0.7, 1.0)},
-    "controllers": {
-        rule: SHORT | {"kl_controller": rule, "kl_estimator": "k1", "kl_placement": "reward", "beta": 0.3}
-        for rule in ("fixed", "step", "ppo", "ziegler", "pi")
+    "ahead": {f"stock {beta}": STOCK | {"beta": beta} for beta in (0.1, 0.2, 0.3, 0.45, 0.7)},
+    "controllers": {rule: RULED | {"kl_controller": rule} for rule in ("fixed", "step", "ppo", "ziegler", "pi")},
+    "guard": {
+        "beta 0": {
+            "config": str(ROOT / "recipes/fixed_beta.yaml"),
+            "beta": 0,
+            "collapse_guard": "stop",
+            "save_strategy": "steps",
+            "save_steps": 10,
+        }
     },
-    "guard": {"beta 0": {"beta": 0, "kl_controller": "fixed", "kl_estimator": "k1", "kl_placement": "reward"}},
 }
 
 
@@ -118,10 +127,31 @@ def ahead(runs: dict[str, list[Path]], frontier: list[dict], figures: Path) -> N
     plot_frontier(frontier, drawn, figures / "frontier.png")
 
 
+GUARD_COLUMNS = (
+    "run",
+    "stopped at",
+    "different in the last batch",
+    "smallest in any",
+    "last good checkpoint",
+    "its 100 stories: different",
+    "distinct pairs",
+    "reward",
+)
+
+
 def guard(folder: Path) -> list[str]:
-    log = [entry for entry in read_metrics(folder) if "reward" in entry]
-    share = [entry["guard/different_share"] for entry in log]
-    return [folder.name, f"{log[-1]['generations']:,}", f"{share[-1]:.0%}", f"{log[-1]['reward']:.1f}"]
+    """One row: where the guard stopped a run, and what its last good checkpoint writes."""
+    share = [entry["guard/different_share"] for entry in read_metrics(folder) if "reward" in entry]
+    summary = read_summary(folder)
+    if summary["collapse"] is None:
+        return [folder.name, "not stopped"]
+    checkpoint = ROOT / summary["last_good_checkpoint"]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    stories = judge(model, tokenizer, [PROMPT] * 100, alliteration_reward)
+    words = summary["collapse"], f"{share[-1]:.0%}", f"{min(share):.0%}", checkpoint.name
+    numbers = f"{stories.different_share:.0%}", f"{stories.distinct_2:.2f}", f"{stories.reward_mean:.1f}"
+    return [folder.name, *words, *numbers]
 
 
 def main():
@@ -149,7 +179,7 @@ def main():
         frontier = json.loads((ROOT / "runs/best_of_n/frontier.json").read_text())["frontier"]
         ahead(folders, frontier, args.figures)
     if args.experiment == "guard":
-        table(("run", "stopped at (generations)", "different", "reward"), [guard(f) for f in folders["beta 0"]])
+        table(GUARD_COLUMNS, [guard(folder) for folder in folders["beta 0"]])
     if args.experiment in ("held", "controllers"):
         plot_runs(folders, args.figures / f"{args.experiment}.png", TARGET)
 

@@ -5,7 +5,7 @@
     python recipes/sweep_beta.py --betas 0.1 0.3 1 --beta_unit sequence --seeds 0 --use_peft
     python recipes/sweep_beta.py --print_commands                      # one command a run, for a job array
 
-Options that are not the sweep's own go to `rloo_tall_tree.py`. Finished runs are kept and broken ones go on from their
+Options that are not the sweep's own go to `rloo_tall_tree.py`, whose defaults here are `--recipe_config`'s. Finished runs are kept and broken ones go on from their
 last checkpoint, so the same command again brings an interrupted sweep to its end. Into the output folder goes a folder
 a run, and the report: `report.html`, `report.md` and figures.
 """
@@ -32,6 +32,9 @@ class SweepArguments:
     beta_unit: str = field(default="study", metadata={"help": f"Unit of the betas: {' or '.join(BETA_UNITS)}."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds."})
     output_dir: str = field(default="runs/sweep", metadata={"help": "Folder of the runs and the report."})
+    recipe_config: str = field(
+        default=str(Path(__file__).with_name("fixed_beta.yaml")), metadata={"help": "YAML of the recipe's defaults."}
+    )
     at_a_time: int = field(default=1, metadata={"help": "Runs side by side; each gets its share of the cores."})
     launch_config: str = field(
         default=str(ROOT / "accelerate_configs/cpu.yaml"), metadata={"help": "Accelerate config of every run."}
@@ -52,11 +55,13 @@ def main():
         raise ValueError(f"betas must be >= 0, got {min(args.betas)}")
     if args.at_a_time < 1:
         raise ValueError(f"at_a_time must be >= 1, got {args.at_a_time}")
-    if not Path(args.launch_config).is_file():
-        raise ValueError(f"launch_config: there is no file {args.launch_config!r}")
+    for name in ("launch_config", "recipe_config"):
+        if not Path(getattr(args, name)).is_file():
+            raise ValueError(f"{name}: there is no file {getattr(args, name)!r}")
     folder = Path(args.output_dir)
+    words = ("--config", args.recipe_config, *options)
     runs = [
-        Run(f"beta_{beta:g}_seed_{seed}", {"beta": beta, "beta_unit": args.beta_unit, "seed": seed}, tuple(options))
+        Run(f"beta_{beta:g}_seed_{seed}", {"beta": beta, "beta_unit": args.beta_unit, "seed": seed}, words)
         for beta in args.betas
         for seed in args.seeds
     ]
