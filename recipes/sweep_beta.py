@@ -6,8 +6,8 @@
     python recipes/sweep_beta.py --print_commands                      # one command a run, for a job array
 
 Options that are not the sweep's own go to `rloo_tall_tree.py`; `--recipe_config` is the YAML of its defaults here.
-Finished runs are kept and broken ones go on from their last checkpoint, so the same command again brings an interrupted
-sweep to its end. Into the output folder goes a folder a run, and the report: `report.html`, `report.md` and figures.
+Finished runs are kept and broken ones go on from their last checkpoint, so the same command again ends an interrupted
+sweep. Into the output folder goes a folder a run, and the report: `report.html`, `report.md` and figures.
 """
 
 import shlex
