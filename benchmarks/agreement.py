@@ -1,4 +1,4 @@
-"""Does fast sampling leave the result alone? The recipe with and without it, the same seeds.
+"""Does fast sampling leave the result alone? The recipe at a fixed beta with and without it, the same seeds.
 
     python benchmarks/agreement.py             # three seeds each, runs/agreement
 
@@ -13,7 +13,8 @@ from pathlib import Path
 from kl_alliteration.figures import plot_groups
 from kl_alliteration.sweep import ROOT, read_metrics, run_all, seeds_of
 
-QUIET = {"disable_tqdm": True, "show_stories_every": 0, "report_to": "none", "logging_steps": 1}
+QUIET = {"disable_tqdm": True, "show_stories_every": 0, "report_to": "none", "logging_steps": 1, "max_steps": 60}
+QUIET["config"] = str(ROOT / "recipes/fixed_beta.yaml")
 VARIANTS = {"stock": {"fast_sampling": False}, "fast": {}}
 
 
