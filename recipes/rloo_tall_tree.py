@@ -123,6 +123,7 @@ def main():
     if trainer.is_world_process_zero():
         show(before, after, folder)
         title = f"{Path(model_args.model_name_or_path).name}: beta {training_args.beta:g}, {args.kl_estimator}"
+        title += f", budget {args.kl_budget_per_token:g} nats per token" if args.kl_budget_per_token else ""
         plot_curves(trainer.state.log_history, folder / "curves.png", title, before.reward_mean)
         summary = {"before": before.numbers(), "after": after.numbers(), "stories": after.texts[:5]}
         summary |= guarded | {"seconds": round(time.time() - start, 1)}

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl_alliteration.story_lm import MODEL_PATH
+from kl_alliteration.sweep import end_orphan
 
 ROOT = Path(__file__).parent.parent
 FIXED_BETA = "--config", ROOT / "recipes/fixed_beta.yaml"
@@ -220,3 +222,26 @@ def test_a_sweep_prints_its_commands_and_ends_in_a_report(tmp_path):
     assert "done" in done.stdout
     done = run(*options, "--betas", "-1", cwd=tmp_path, recipe="sweep_beta.py", check=False)
     assert done.returncode == 2 and "error: betas must be >= 0, got -1.0" in done.stderr
+
+
+def test_a_sweep_that_was_killed_ends_as_if_it_had_not_been(tmp_path):
+    options = "--betas 1 --beta_unit sequence --seeds 0 --save_strategy steps --save_steps 5 --max_steps 30".split()
+    options = [*SMALL[2:], *options, "--report_to", "none"]
+    run(*options, "--output_dir", "whole", cwd=tmp_path, recipe="sweep_beta.py")
+    command = [sys.executable, str(ROOT / "recipes/sweep_beta.py"), *options, "--output_dir", "killed"]
+    sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    broken = tmp_path / "killed/beta_1_seed_0"
+    while sweep.poll() is None and not list(broken.glob("checkpoint-*/trainer_state.json")):
+        time.sleep(0.02)
+    sweep.kill()
+    sweep.wait()
+    end_orphan(broken)
+    assert list(broken.glob("checkpoint-*")) and not (broken / "summary.json").exists()
+    run(*options, "--output_dir", "killed", cwd=tmp_path, recipe="sweep_beta.py")
+    found, expected = (
+        json.loads((tmp_path / name / "beta_1_seed_0/summary.json").read_text()) for name in ("killed", "whole")
+    )
+    other = {"seconds": 0, "last_good_checkpoint": ""}
+    assert found | other == expected | other
+    tables = [(tmp_path / name / "report.md").read_text().splitlines()[1:] for name in ("killed", "whole")]
+    assert tables[0] == tables[1]
