@@ -20,7 +20,7 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`:
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import trl
@@ -67,6 +67,7 @@ class Rollout:
     completion_mask: torch.Tensor
     hidden: HiddenStates | None = None
     known: dict = field(default_factory=dict)  # full-vocabulary estimates that were asked for already
+    graphs: dict | None = None  # and the same with their graph, where the loss will ask again
 
     @property
     def ref_log_ratio(self) -> torch.Tensor:
@@ -79,7 +80,11 @@ class Rollout:
         estimate = kl.full_vocabulary_estimate(estimator, direction, k)
         key = estimator, *estimate.keywords.items()  # its own options, not the others'
         if key not in self.known:
-            self.known[key] = self._from_hidden_states(estimate)
+            with nullcontext() if self.graphs is None else torch.enable_grad():
+                values = self._from_hidden_states(estimate)
+            if self.graphs is not None:
+                self.graphs[key], values = values, values.detach()
+            self.known[key] = values
         return self.known[key]
 
     def _from_hidden_states(self, estimate: Callable) -> torch.Tensor:
@@ -118,6 +123,7 @@ class RolloutSeam:
         self.reference_at_beta_zero = False
         self._one_forward = False
         self._kept: tuple | None = None  # (logps, entropies, states, head) with their graph, for the loss to come
+        self._kept_estimates: dict = {}  # and the full-vocabulary estimates that were made of them
         self._ref_model = None  # only where TRL itself made none
         self.last_penalty: torch.Tensor | None = None  # (B,), what beta was last multiplied with in the reward
         self._scored: list[tuple] | None = None  # (logps, states, head) of policy and reference in a generation batch
@@ -177,7 +183,7 @@ class RolloutSeam:
 
     def generate_and_score(self, inputs):
         trainer = self.trainer
-        self._scored, self._rollout, self._kept = [], None, None
+        self._scored, self._rollout, self._kept, self._kept_estimates = [], None, None, {}
         try:
             output = self._generate_and_score(inputs)
             expected = 1 if trainer.beta == 0 else 2
@@ -198,8 +204,9 @@ class RolloutSeam:
                 output["kl_ref_logps"] = rollout.ref_logps
                 if rollout.hidden is not None:
                     output["kl_ref_hidden"] = rollout.hidden.reference
-            for observe in self.observers:
-                observe(rollout)
+            with torch.no_grad():
+                for observe in self.observers:
+                    observe(rollout)
         for observe in self.after_batch:
             observe(rollout)
         return output
@@ -222,7 +229,7 @@ class RolloutSeam:
             return logps, *rest
         if keep_graph:
             self._kept = logps, rest[0], states, head
-            logps, states = logps.detach(), None if states is None else states.detach()
+            logps = logps.detach()
         self._scored.append((logps, states, head))
         if len(self._scored) == 1 and self.trainer.beta == 0 and self.reference_at_beta_zero:
             reference = self._score_reference(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
@@ -253,7 +260,10 @@ class RolloutSeam:
         (logps, states, head), self._loss_scored = self._loss_scored, None
         mask = inputs["completion_mask"]
         hidden = None if states is None else HiddenStates(states, inputs["kl_ref_hidden"], head, self._ref_head)
-        penalty = self.loss_penalty(Rollout(logps, inputs["kl_ref_logps"], inputs["completion_ids"], mask, hidden))
+        estimates, self._kept_estimates = self._kept_estimates, {}
+        known = {key: values[self._loss_rows] for key, values in estimates.items()}
+        rollout = Rollout(logps, inputs["kl_ref_logps"], inputs["completion_ids"], mask, hidden, known)
+        penalty = self.loss_penalty(rollout)
         # Completions of an earlier policy (num_iterations > 1) are weighted to the present one, within the clip range.
         ratio = ((logps.detach() * mask).sum(1) - inputs["old_logps"]).exp()
         weight = ratio.clamp(1 - trainer.epsilon_low, 1 + trainer.epsilon_high)
@@ -296,6 +306,8 @@ class RolloutSeam:
         hidden = None if states is None else HiddenStates(states, ref_states, head, self._ref_head)
         ids, mask = input_ids[:, -length:], attention_mask[:, -length:]
         self._rollout = Rollout(logps, ref_logps, ids, mask, hidden)
+        if self._kept is not None and self.loss_penalty is not None:
+            self._rollout = replace(self._rollout, graphs=self._kept_estimates)
 
     def _restore_kl_metric(self, rollout: Rollout) -> None:
         """TRL logged the penalty under `kl`; put the mean log-ratio in nats per token back, which `kl` means."""

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from kl_alliteration import KLPenaltyCallback, generation, use_fast_sampling
+from kl_alliteration import KLPenaltyCallback, generation, kl, use_fast_sampling
 from kl_alliteration._trl import rollout_seam
 from kl_alliteration.decoder import Unsupported, read_decoder
 
@@ -230,6 +230,20 @@ def test_one_forward_gives_the_same_run_with_one_pass_less(make_trainer, lora, p
             assert calls == ([True] * 4 if one_forward else [False, True] * 4)
     for plain, reused in zip(*runs, strict=True):
         assert plain == pytest.approx(reused, rel=1e-4, abs=1e-6)
+
+
+def test_one_forward_makes_a_full_vocabulary_estimate_once(make_trainer, monkeypatch):
+    """In the reward and in the loss it is the same number, and its graph is kept with the forward pass's."""
+    calls, estimate = [], kl.from_hidden_states
+    monkeypatch.setattr(kl, "from_hidden_states", lambda *args: calls.append(True) or estimate(*args))
+    for one_forward in (False, True):
+        trainer = make_trainer(max_steps=3)
+        KLPenaltyCallback(trainer, "exact", "both")
+        if one_forward:
+            rollout_seam(trainer).one_forward()
+        calls.clear()
+        trainer.train()
+        assert len(calls) == (3 if one_forward else 6)
 
 
 @pytest.mark.parametrize(
