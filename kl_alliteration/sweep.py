@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,11 @@ class Run:
     options: dict = field(default_factory=dict)
     words: tuple[str, ...] = ()
 
+    @property
+    def asked(self) -> list[str]:
+        """Everything that it is told, as words."""
+        return [*self.words, *(word for name, value in self.options.items() for word in (f"--{name}", str(value)))]
+
 
 def seeds_of(name: str, options: dict, seeds) -> list[Run]:
     """The same options once a seed, as `name_seed_0`, ..."""
@@ -48,9 +54,7 @@ def launch_command(run: Run, recipe: Path, folder: Path, launch_config: str, thr
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", launch_config]
     if threads:
         command += ["--num_cpu_threads_per_process", str(threads)]
-    command += [str(recipe), *run.words, "--output_dir", str(folder / run.name)]
-    for name, value in run.options.items():
-        command += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    command += [str(recipe), *run.asked, "--output_dir", str(folder / run.name)]
     checkpoint = get_last_checkpoint(folder / run.name) if (folder / run.name).is_dir() else None
     return command + (["--resume_from_checkpoint", checkpoint] if checkpoint else [])
 
@@ -92,7 +96,9 @@ class Process:
                 command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
             )
         started = psutil.Process(self.process.pid).create_time()
-        (folder / "process.json").write_text(json.dumps({"pid": self.process.pid, "started": started}))
+        (folder / "process.json").write_text(
+            json.dumps({"pid": self.process.pid, "started": started, "asked": run.asked})
+        )
 
     def last_words(self) -> str:
         lines = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -114,6 +120,18 @@ def end_orphan(folder: Path) -> None:
             continue
 
 
+def check_same_run(run: Run, folder: Path) -> None:
+    """`ValueError` where the folder is that of a run with other options: it would be kept, or gone on with, as this."""
+    try:
+        asked = json.loads((folder / "process.json").read_text())["asked"]
+    except (OSError, ValueError, KeyError):
+        return
+    if asked != run.asked:
+        raise ValueError(
+            f"{folder} holds a run with other options ({' '.join(asked)}): name another folder, or delete that one"
+        )
+
+
 def run_all(
     runs: list[Run], recipe: Path, folder: Path, launch_config: str, at_a_time: int = 1, console: Console | None = None
 ) -> list[Run]:
@@ -124,6 +142,8 @@ def run_all(
     for name in {run.name for run in runs}:
         if sum(run.name == name for run in runs) > 1:
             raise ValueError(f"two runs are called {name!r}")
+    for run in runs:
+        check_same_run(run, folder / run.name)
     threads = max(1, len(os.sched_getaffinity(0)) // at_a_time) if hasattr(os, "sched_getaffinity") else None
     waiting = [run for run in runs if read_summary(folder / run.name) is None]
     under_way: list[Process] = []
@@ -144,7 +164,8 @@ def run_all(
                         failed[process.run.name] = process.last_words()
         finally:
             for process in under_way:
-                os.killpg(process.process.pid, signal.SIGTERM)
+                with suppress(ProcessLookupError):
+                    os.killpg(process.process.pid, signal.SIGTERM)
     console.print(overview(runs, folder, set(), failed))
     for name, words in failed.items():
         console.print(f"{name} failed: {words}", markup=False, soft_wrap=True)

@@ -57,12 +57,19 @@ def test_two_runs_of_one_name_are_refused(recipe, tmp_path):
         run_all([Run("a"), Run("a")], recipe, tmp_path, CPU)
 
 
+def test_other_options_in_the_same_folder_are_refused(recipe, tmp_path):
+    """The finished run of one question must not pass for the answer to another."""
+    run_all([Run("a", {"ending": "well", "seed": 0})], recipe, tmp_path, CPU)
+    with pytest.raises(ValueError, match="holds a run with other options .*--seed 0"):
+        run_all([Run("a", {"ending": "well", "seed": 1})], recipe, tmp_path, CPU)
+
+
 def test_a_run_goes_on_from_its_last_checkpoint(recipe, tmp_path):
     (tmp_path / "a" / "checkpoint-20").mkdir(parents=True)
     (tmp_path / "a" / "checkpoint-100").mkdir()
-    command = launch_command(Run("a", {"beta": 0.3, "reward_funcs": ["x.y", "z.w"]}), recipe, tmp_path, CPU, 1)
+    command = launch_command(Run("a", {"beta": 0.3}, ("--reward_funcs", "x.y", "z.w")), recipe, tmp_path, CPU, 1)
     assert command[-2:] == ["--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-100")]
-    assert "--beta 0.3 --reward_funcs x.y z.w" in " ".join(command)
+    assert "--reward_funcs x.y z.w --beta 0.3" in " ".join(command)
     assert "--resume" not in " ".join(launch_command(Run("b"), recipe, tmp_path, CPU))
 
 
