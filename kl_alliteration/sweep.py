@@ -121,7 +121,7 @@ def end_orphan(folder: Path) -> None:
 
 
 def check_same_run(run: Run, folder: Path) -> None:
-    """`ValueError` where the folder is that of a run with other options: it would be kept, or gone on with, as this."""
+    """`ValueError` where the folder is that of a run with other options, which would pass for this one."""
     try:
         asked = json.loads((folder / "process.json").read_text())["asked"]
     except (OSError, ValueError, KeyError):
