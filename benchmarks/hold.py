@@ -108,7 +108,7 @@ def reward_at(folder: Path, kl_per_sequence: float) -> float | None:
 
 
 def ahead(runs: dict[str, list[Path]], frontier: list[dict], figures: Path) -> None:
-    levels = (6, 12, 18)
+    levels = (6, 12, 15, 18)
     rows = []
     for name, folders in runs.items():
         cells = []
