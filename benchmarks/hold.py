@@ -133,7 +133,7 @@ GUARD_COLUMNS = (
     "different in the last batch",
     "smallest in any",
     "last good checkpoint",
-    "its 100 stories: different",
+    "its 100 stories: different share",
     "distinct pairs",
     "reward",
 )

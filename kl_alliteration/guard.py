@@ -14,16 +14,21 @@ from .rewards import as_text
 
 @dataclass
 class CollapseLimits:
-    """What a healthy generation batch keeps to; `None` does not look."""
+    """What a healthy generation batch keeps to; `None` does not look.
+
+    `distinct_2_left` is distinct-2 over that of the run's first batch: distinct-2 itself falls with the batch's size.
+    """
 
     different_share: float | None = 0.7
-    distinct_2: float | None = 0.1
+    distinct_2_left: float | None = 0.4
+    distinct_2: float | None = None
     compression_ratio: float | None = 6.0
     reward_std: float | None = None
     entropy_per_token: float | None = None
     kl_per_sequence: float | None = None
 
-    BELOW = ("different_share", "distinct_2", "reward_std", "entropy_per_token")  # limits from below; the rest, above
+    # Limits from below; the rest, from above.
+    BELOW = ("different_share", "distinct_2_left", "distinct_2", "reward_std", "entropy_per_token")
 
     def broken(self, seen: dict[str, float]) -> list[str]:
         """What of `seen` is out of its limit, in words."""
@@ -52,6 +57,7 @@ class CollapseGuardCallback(TrainerCallback):
     """
 
     ACTIONS = ("warn", "stop", "rollback")
+    STATE = "kl_alliteration.CollapseGuard"  # its place among the trainer's stateful callbacks
 
     def __init__(
         self,
@@ -72,6 +78,7 @@ class CollapseGuardCallback(TrainerCallback):
         self.seam = rollout_seam(trainer)
         self.seam.after_batch.append(self.observe)
         self.recent: list[dict[str, float]] = []
+        self.first_distinct_2: float | None = None
         self.last_good: str | None = None
         self.collapse: str | None = None  # what ended the run, in words
         self.factor = 1.0
@@ -84,10 +91,14 @@ class CollapseGuardCallback(TrainerCallback):
         texts = [as_text(completion) for completion in completions]
         seen = {
             "different_share": diversity.different_share(texts),
-            "distinct_2": diversity.distinct_n(texts, 2),
+            "distinct_2": (distinct_2 := diversity.distinct_n(texts, 2)),
             "compression_ratio": diversity.compression_ratio(texts),
             "reward_std": last_rewards(trainer).std(correction=0).item(),
         }
+        if self.first_distinct_2 is None:
+            self.first_distinct_2 = distinct_2
+        if self.first_distinct_2:
+            seen["distinct_2_left"] = distinct_2 / self.first_distinct_2
         if rollout is not None:
             sums = kl.reduce_per_sequence(rollout.ref_log_ratio, rollout.completion_mask, "sum")
             seen["kl_per_sequence"] = trainer.accelerator.gather(sums).mean().item()
@@ -102,6 +113,10 @@ class CollapseGuardCallback(TrainerCallback):
         return {name: sum(seen[name] for seen in self.recent) / len(self.recent) for name in sorted(names)}
 
     def on_step_end(self, args, state, control, **kwargs):
+        state.stateful_callbacks[self.STATE] = {
+            "args": {},
+            "attributes": {"first_distinct_2": self.first_distinct_2},
+        }
         broken = self.limits.broken(self.mean()) if len(self.recent) == self.smoothing else []
         if not broken or self.collapse:
             return
@@ -117,6 +132,8 @@ class CollapseGuardCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.recent, self.collapse = [], None
+        if state.global_step and (saved := state.stateful_callbacks.get(self.STATE)):
+            self.first_distinct_2 = saved["attributes"]["first_distinct_2"]
         if self.factor != 1:
             self.strengthen()
 

@@ -45,6 +45,22 @@ def test_what_it_sees_is_of_the_batch(make_trainer):
     assert guard.mean()["reward_std"] == pytest.approx(rewards.std(correction=0).item())
 
 
+def test_variety_is_measured_against_the_first_batch_of_the_run_over_a_resumption_too(make_trainer, tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    first = make_trainer(**options)
+    guard = CollapseGuardCallback(first, "warn", smoothing=1)
+    first.add_callback(guard)
+    first.train()
+    shares = [e["guard/distinct_2_left"] for e in first.state.log_history if "guard/distinct_2_left" in e]
+    values = [e["guard/distinct_2"] for e in first.state.log_history if "guard/distinct_2" in e]
+    assert shares == pytest.approx([1.0, values[1] / values[0]])
+    resumed = make_trainer(**options | {"max_steps": 3})
+    again = CollapseGuardCallback(resumed, "warn", smoothing=1)
+    resumed.add_callback(again)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.first_distinct_2 == guard.first_distinct_2
+
+
 class AfterStep(CollapseLimits):
     """Broken once, after a given number of looks."""
 
