@@ -22,7 +22,7 @@ SMALL = "--max_steps 2 --max_completion_length 12 --eval_stories 6 --logging_ste
 
 def run(*options, cwd, launcher=("python",), check=True, recipe="rloo_tall_tree.py"):
     command = [sys.executable] if launcher == ("python",) else [sys.executable, "-m", *launcher]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     done = subprocess.run(
         [*command, str(ROOT / "recipes" / recipe), *map(str, options)],
         cwd=cwd,
