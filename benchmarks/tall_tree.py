@@ -10,16 +10,8 @@ import argparse
 import statistics
 from pathlib import Path
 
+from kl_alliteration.report import COLUMNS
 from kl_alliteration.sweep import ROOT, Run, read_summary, run_all
-
-COLUMNS = {
-    "reward_mean": "reward",
-    "different_share": "different",
-    "distinct_2": "distinct pairs",
-    "kl_per_token": "KL per token",
-    "kl_per_sequence": "KL per sequence",
-    "entropy_per_token": "entropy",
-}
 
 
 def spread(values: list) -> str:
