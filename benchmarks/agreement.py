@@ -11,7 +11,8 @@ import statistics
 from pathlib import Path
 
 from kl_alliteration.figures import plot_groups
-from kl_alliteration.sweep import ROOT, read_metrics, run_all, seeds_of
+from kl_alliteration.runs import read_metrics
+from kl_alliteration.sweep import ROOT, run_all, seeds_of
 
 QUIET = {"disable_tqdm": True, "show_stories_every": 0, "report_to": "none", "logging_steps": 1, "max_steps": 60}
 QUIET["config"] = str(ROOT / "recipes/fixed_beta.yaml")

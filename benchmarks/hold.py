@@ -18,18 +18,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl_alliteration import alliteration_reward, judge
 from kl_alliteration.figures import plot_frontier, plot_runs, read_run
+from kl_alliteration.runs import read_metrics, read_summary
 from kl_alliteration.story_lm import PROMPT
-from kl_alliteration.sweep import ROOT, Run, read_metrics, read_summary, run_all, seeds_of
+from kl_alliteration.sweep import ROOT, Run, run_all, seeds_of
 
 TARGET = 0.15  # nats per token
 WINDOW = 20  # steps of a mean of the KL
 REWARD_WINDOW = 2_000  # generations of a mean of the reward
 QUIET = {"disable_tqdm": True, "show_stories_every": 0, "report_to": "none", "logging_steps": 1}
 STOCK = {"kl_estimator": "k1", "kl_placement": "reward", "kl_budget_per_token": "none", "max_steps": 60}
+# At 0.06 nats a token a nat buys more than 1 of reward: a beta of 1 would not hold it.
+BUDGETS = {0.06: 2.0, 0.12: 1.0, 0.18: 1.0}
 RULED = STOCK | {"max_steps": 100, "target_kl_per_token": TARGET, "beta": 0.3}
 EXPERIMENTS = {
     "held": {"default": {"max_steps": 600, "eval_stories": 500}},
-    "ahead": {f"stock {beta}": STOCK | {"beta": beta} for beta in (0.1, 0.2, 0.3, 0.45, 0.7)},
+    "ahead": {
+        f"budget {budget}": {"kl_budget_per_token": budget, "beta": beta, "max_steps": 160}
+        for budget, beta in BUDGETS.items()
+    }
+    | {f"stock {beta}": STOCK | {"beta": beta} for beta in (0.1, 0.2, 0.3, 0.45, 0.7)},
     "controllers": {rule: RULED | {"kl_controller": rule} for rule in ("fixed", "step", "ppo", "ziegler", "pi")},
     "guard": {
         "beta 0": {

@@ -11,7 +11,8 @@ import statistics
 from pathlib import Path
 
 from kl_alliteration.report import COLUMNS
-from kl_alliteration.sweep import ROOT, Run, read_summary, run_all
+from kl_alliteration.runs import read_summary
+from kl_alliteration.sweep import ROOT, Run, run_all
 
 
 def spread(values: list) -> str:

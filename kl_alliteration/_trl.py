@@ -13,7 +13,8 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`:
   prompt and completion; its `last_hidden_state` is what the LM head is applied to.
 - `_metrics[mode]["kl"]` holds one mean log-ratio per generation batch, averaged at the next log.
 - `_step` counts micro-batches and `_buffered_inputs` holds those of the generation batch under way.
-- `_logs` holds the last generation batch: `prompt`, `completion`, `rewards` by name.
+- `_logs` holds the last generation batch, of all processes in their order: `prompt`, `completion`, `rewards` by name,
+  `advantages`; the returned `advantages` are this process's slice.
 - `use_adapter` and `create_model_from_path`, `add_fused_lm_head`, `disable_dropout_in_model`, by which it makes the
   reference.
 """
@@ -120,6 +121,7 @@ class RolloutSeam:
         self.observers: list[Callable[[Rollout], None]] = []  # called after every generation batch with a reference
         self.after_batch: list[Callable[[Rollout | None], None]] = []  # and after every one
         self.budget_per_token: float | None = None
+        self.baseline = True
         self.reference_at_beta_zero = False
         self._one_forward = False
         self._kept: tuple | None = None  # (logps, entropies, states, head) with their graph, for the loss to come
@@ -195,6 +197,8 @@ class RolloutSeam:
         finally:
             self._scored = None
         rollout = self._rollout
+        if not self.baseline:
+            output["advantages"] = self._rewards_without_baseline(output["advantages"])
         if self._kept is not None:
             output["kl_row"] = torch.arange(len(output["old_logps"]), device=output["old_logps"].device)
         if rollout is not None:
@@ -309,6 +313,20 @@ class RolloutSeam:
         if self._kept is not None and self.loss_penalty is not None:
             self._rollout = replace(self._rollout, graphs=self._kept_estimates)
 
+    def _rewards_without_baseline(self, advantages: torch.Tensor) -> torch.Tensor:
+        """REINFORCE's weights, (B,): the rewards less the penalty, where RLOO takes the others' mean away."""
+        trainer = self.trainer
+        rewards = last_rewards(trainer)
+        if trainer.reward_clip_range:
+            rewards = rewards.clamp(*trainer.reward_clip_range)
+        start = trainer.accelerator.process_index * len(advantages)
+        rewards = rewards[start : start + len(advantages)].to(advantages)
+        if trainer.beta != 0:
+            rewards = rewards - trainer.beta * self.last_penalty
+        rewards = rewards.nan_to_num(nan=0.0)
+        trainer._logs["advantages"].extend(trainer.accelerator.gather(rewards).tolist())
+        return rewards
+
     def _restore_kl_metric(self, rollout: Rollout) -> None:
         """TRL logged the penalty under `kl`; put the mean log-ratio in nats per token back, which `kl` means."""
         self.metrics["kl"][-1] = self.mean_per_token(rollout.ref_log_ratio, rollout.completion_mask)
@@ -348,6 +366,17 @@ def forget_batches(trainer) -> None:
 
 
 def last_rewards(trainer) -> torch.Tensor:
-    """Weighted rewards of the last generation batch, over all processes, without the penalty: (B of all,)."""
+    """Weighted rewards of the last generation batch, over all processes, without the penalty: (B of all,).
+
+    NaN where no function applied.
+    """
     rewards = torch.tensor(list(trainer._logs["rewards"].values()))  # (functions, B of all)
-    return (rewards * trainer.reward_weights.cpu().unsqueeze(1)).nansum(0)
+    weighted = (rewards * trainer.reward_weights.cpu().unsqueeze(1)).nansum(0)
+    return weighted.masked_fill(rewards.isnan().all(0), torch.nan)
+
+
+def last_reward_std(trainer, completions: int | None = None) -> float:
+    """Spread of the last rewards that apply, of the last `completions` or of all that are kept; 0 where none does."""
+    rewards = last_rewards(trainer)[-completions if completions else None :]
+    rewards = rewards[~rewards.isnan()]
+    return rewards.std(correction=0).item() if len(rewards) else 0.0

@@ -11,7 +11,7 @@ from rich.text import Text
 from transformers import ProgressCallback, TrainerCallback
 
 from . import kl
-from ._trl import Rollout, last_completions, last_rewards, rollout_seam
+from ._trl import Rollout, last_completions, last_reward_std, rollout_seam
 from .rewards import as_text
 
 
@@ -136,7 +136,7 @@ class KLMonitorCallback(TrainerCallback):
         metrics["kl/beta"].append(self.trainer.beta)
         if self.trainer.beta != 0:
             penalty_std = self.trainer.beta * accelerator.gather(self.seam.last_penalty).std(correction=0).item()
-            reward_std = last_rewards(self.trainer)[-int(sequences) :].std(correction=0).item()
+            reward_std = last_reward_std(self.trainer, int(sequences))
             spread = penalty_std + reward_std
             metrics["kl/share_of_spread"].append(penalty_std / spread if spread else 0.0)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from . import diversity, kl
-from ._trl import Rollout, forget_batches, last_completions, last_rewards, rollout_seam
+from ._trl import Rollout, forget_batches, last_completions, last_reward_std, rollout_seam
 from .callbacks import KLControlCallback
 from .rewards import as_text
 
@@ -93,7 +93,7 @@ class CollapseGuardCallback(TrainerCallback):
             "different_share": diversity.different_share(texts),
             "distinct_2": (distinct_2 := diversity.distinct_n(texts, 2)),
             "compression_ratio": diversity.compression_ratio(texts),
-            "reward_std": last_rewards(trainer).std(correction=0).item(),
+            "reward_std": last_reward_std(trainer),
         }
         if self.first_distinct_2 is None:
             self.first_distinct_2 = distinct_2

@@ -18,7 +18,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import ScriptArguments, TrlParser
 
 from . import control, kl
-from ._trl import UnknownTRLError
+from ._trl import UnknownTRLError, rollout_seam
 from .callbacks import KLControlCallback, KLMonitorCallback, KLPenaltyCallback
 from .generation import use_fast_sampling
 from .guard import CollapseGuardCallback
@@ -35,6 +35,7 @@ CONTROLLERS = {
     "ziegler": control.ProportionalRule,
     "pi": control.LogPIRule,
 }
+BASELINES = ("leave_one_out", "none")
 GUARDS = ("off", *CollapseGuardCallback.ACTIONS)
 
 
@@ -81,6 +82,10 @@ class StoryArguments(ScriptArguments):
     beta_unit: str = field(
         default="sequence",
         metadata={"help": "`sequence`: --beta is TRL's, per nat of a sequence; `study`: the study's, 99 times that."},
+    )
+    baseline: str = field(
+        default="leave_one_out",
+        metadata={"help": "`leave_one_out`: RLOO; `none`: REINFORCE, the reward less the penalty as it is."},
     )
     kl_controller: str = field(
         default="fixed",
@@ -173,6 +178,9 @@ def check_options(args: StoryArguments, training_args, model_args) -> None:
     if args.kl_estimator in kl.FULL_VOCABULARY:
         kl.full_vocabulary_estimate(args.kl_estimator, args.kl_direction, args.kl_top_k)
     kl.check_choice("beta_unit", args.beta_unit, BETA_UNITS)
+    kl.check_choice("baseline", args.baseline, BASELINES)
+    if args.baseline == "none" and training_args.normalize_advantages:
+        raise ValueError("baseline 'none' has no advantages to normalize: leave normalize_advantages out")
     kl.check_choice("kl_controller", args.kl_controller, CONTROLLERS)
     kl.check_choice("collapse_guard", args.collapse_guard, GUARDS)
     if args.kl_controller != "fixed" and not (args.target_kl_per_token or 0) > 0:
@@ -326,6 +334,7 @@ def add_instruments(trainer, args: StoryArguments) -> None:
             strict=args.strict,
         )
     )
+    rollout_seam(trainer).baseline = args.baseline == "leave_one_out"
     if args.fast_sampling:
         use_fast_sampling(trainer)
     if args.kl_monitor:

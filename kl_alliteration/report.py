@@ -17,7 +17,7 @@ from pathlib import Path
 from .alliteration import alliterating_words
 from .figures import plot_frontier, plot_groups, read_run
 from .recipe import one_line_errors
-from .sweep import group_of, read_metrics, read_summary
+from .runs import group_of, read_metrics, read_summary
 
 COLUMNS = {
     "reward_mean": "reward",

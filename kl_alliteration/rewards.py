@@ -29,3 +29,25 @@ def alliteration_reward(prompts, completions, **kwargs) -> list[float]:
         `list[float]`: B counts of pairs, the pair across the prompt's end included. Never raises on any text.
     """
     return [float(count_alliterations(full_text(p, c))) for p, c in zip(prompts, completions, strict=True)]
+
+
+class StartingLetterReward:
+    """Counts the words of prompt and completion that start with a letter, lower-cased.
+
+    Args:
+        letter (`str`): One letter.
+    """
+
+    def __init__(self, letter: str):
+        if len(letter) != 1 or not letter.isalpha():
+            raise ValueError(f"letter must be one letter, got {letter!r}")
+        self.letter = letter.lower()
+        self.__name__ = f"words_starting_with_{self.letter}"
+
+    def __call__(self, prompts, completions, **kwargs) -> list[float]:
+        """B prompts and B completions, plain or conversational -> `list[float]`: B counts of words."""
+        texts = (full_text(p, c) for p, c in zip(prompts, completions, strict=True))
+        return [float(sum(word[0].lower() == self.letter for word in text.split())) for text in texts]
+
+
+words_starting_with_a = StartingLetterReward("a")

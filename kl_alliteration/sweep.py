@@ -1,4 +1,4 @@
-"""Several runs of a recipe, some at a time, resumable: what the sweeps and the benchmarks share.
+"""Several runs of a recipe, some at a time, resumable: what the sweeps and the benchmarks share, and their report.
 
 A run is a process group of its own, started by `accelerate launch`. It is finished when its folder holds
 `summary.json`; a run that was broken off goes on from its last checkpoint.
@@ -6,7 +6,6 @@ A run is a process group of its own, started by `accelerate launch`. It is finis
 
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -21,6 +20,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from transformers.trainer_utils import get_last_checkpoint
+from trl import TrlParser
+
+from .report import write_report
+from .runs import read_metrics, read_summary
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,14 +42,9 @@ class Run:
         return [*self.words, *(word for name, value in self.options.items() for word in (f"--{name}", str(value)))]
 
 
-def seeds_of(name: str, options: dict, seeds) -> list[Run]:
+def seeds_of(name: str, options: dict, seeds, words: tuple[str, ...] = ()) -> list[Run]:
     """The same options once a seed, as `name_seed_0`, ..."""
-    return [Run(f"{name}_seed_{seed}", options | {"seed": seed}) for seed in seeds]
-
-
-def group_of(name: str) -> str:
-    """The name without its seed."""
-    return re.sub(r"_seed_\d+$", "", name)
+    return [Run(f"{name}_seed_{seed}", options | {"seed": seed}, words) for seed in seeds]
 
 
 def launch_command(run: Run, recipe: Path, folder: Path, launch_config: str, threads: int | None = None) -> list[str]:
@@ -57,29 +55,6 @@ def launch_command(run: Run, recipe: Path, folder: Path, launch_config: str, thr
     command += [str(recipe), *run.asked, "--output_dir", str(folder / run.name)]
     checkpoint = get_last_checkpoint(folder / run.name) if (folder / run.name).is_dir() else None
     return command + (["--resume_from_checkpoint", checkpoint] if checkpoint else [])
-
-
-def read_summary(folder: Path) -> dict | None:
-    """`summary.json` of a finished run; `None` where there is none, or half of one."""
-    try:
-        return json.loads(Path(folder, "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The lines of `metrics.jsonl` so far; a last line that is still being written is left out."""
-    try:
-        lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    entries = []
-    for line in lines:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries
 
 
 class Process:
@@ -184,3 +159,57 @@ def overview(runs: list[Run], folder: Path, under_way: set[str], failed: dict[st
         values = [format(last[k], f) if last.get(k) is not None else "-" for k, f in formats.items()]
         table.add_row(run.name, state, *values)
     return table
+
+
+@dataclass
+class SweepArguments:
+    """What every recipe of several runs has; options that it does not know go to `rloo_tall_tree.py`."""
+
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
+    output_dir: str = field(default="runs/sweep", metadata={"help": "Folder of the runs and the report."})
+    recipe_config: str = field(
+        default=str(ROOT / "recipes/fixed_beta.yaml"), metadata={"help": "YAML of the runs' defaults."}
+    )
+    at_a_time: int = field(default=2, metadata={"help": "Runs side by side; each gets its share of the cores."})
+    launch_config: str = field(
+        default=str(ROOT / "accelerate_configs/cpu.yaml"), metadata={"help": "Accelerate config of every run."}
+    )
+    frontier: str | None = field(
+        default=None, metadata={"help": "frontier.json of best_of_n.py, drawn under reward over KL."}
+    )
+    print_commands: bool = field(default=False, metadata={"help": "Print one command a run, and run none."})
+
+    def __post_init__(self):
+        if self.at_a_time < 1:
+            raise ValueError(f"at_a_time must be >= 1, got {self.at_a_time}")
+        for name in ("launch_config", "recipe_config"):
+            if not Path(getattr(self, name)).is_file():
+                raise ValueError(f"{name}: there is no file {getattr(self, name)!r}")
+
+
+def parse_sweep(arguments: type[SweepArguments], defaults: Path) -> tuple[SweepArguments, tuple[str, ...]]:
+    """A sweep's own arguments, from `--config` or else the YAML of its defaults, and the words for every run."""
+    argv = sys.argv[1:]
+    if not any(arg.split("=")[0] == "--config" for arg in argv):
+        argv = ["--config", str(defaults), *argv]
+    args, options = TrlParser((arguments,), allow_abbrev=False).parse_args_and_config(
+        argv, return_remaining_strings=True
+    )
+    return args, ("--config", args.recipe_config, *options)
+
+
+def run_sweep(runs: list[Run], args: SweepArguments) -> None:
+    """Print the commands, or run all and write the report.
+
+    Raises:
+        `ValueError`: where a run failed, after the report of the others.
+    """
+    recipe, folder = ROOT / "recipes/rloo_tall_tree.py", Path(args.output_dir)
+    if args.print_commands:
+        for run in runs:
+            print(shlex.join(launch_command(run, recipe, folder, args.launch_config)))
+        return
+    failed = run_all(runs, recipe, folder, args.launch_config, args.at_a_time)
+    print(write_report(folder, args.frontier))
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again")

@@ -13,7 +13,8 @@ import psutil
 import pytest
 from rich.console import Console
 
-from kl_alliteration.sweep import ROOT, Run, end_orphan, launch_command, read_metrics, read_summary, run_all, seeds_of
+from kl_alliteration.runs import read_metrics, read_summary
+from kl_alliteration.sweep import ROOT, Run, end_orphan, launch_command, run_all, seeds_of
 
 CPU = str(ROOT / "accelerate_configs/cpu.yaml")
 # A recipe's manners without its work: counts its starts, and ends as it is told.

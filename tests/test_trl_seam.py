@@ -7,7 +7,7 @@ import torch
 from trl import RLOOTrainer
 
 from kl_alliteration import KLPenaltyCallback, kl
-from kl_alliteration._trl import ATTRIBUTES, METHODS, check_trainer
+from kl_alliteration._trl import ATTRIBUTES, METHODS, check_trainer, rollout_seam
 
 TIMES = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "profiling")
 
@@ -90,6 +90,46 @@ def test_advantages_come_from_the_chosen_penalty(make_trainer, lora, estimator, 
     for entry, (rollout, output, _) in zip(history[:4], batches, strict=True):
         mask = output["completion_mask"]
         assert entry["kl"] == pytest.approx(((rollout.ref_log_ratio * mask).sum() / mask.sum()).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_without_a_baseline_the_weights_are_the_rewards_less_the_penalty(make_trainer, beta):
+    """And what the others' mean is taken from gives RLOO's, which is the stock trainer's."""
+
+    def some(completions, **kwargs):  # a reward that does not apply to every third
+        return [None if i % 3 == 2 else float(len(set(text.split()))) for i, text in enumerate(completions)]
+
+    found = {}
+    for baseline in (True, False):
+        trainer = make_trainer(beta=beta, max_steps=2, reward_clip_range=(0.0, 4.0))
+        trainer.reward_funcs[0] = some
+        seam = rollout_seam(trainer)
+        seam.baseline = baseline
+        generate = trainer._generate_and_score_completions
+        batches = found[baseline] = []
+
+        def spy(inputs, generate=generate, batches=batches, seam=seam, logs=trainer._logs):
+            output = generate(inputs)
+            raw = [0.0 if r is None or r != r else min(r, 4.0) for r in logs["rewards"]["reward"]]
+            assert list(logs["advantages"]) == output["advantages"].tolist()
+            batches.append((output, seam._rollout, torch.tensor(raw)))
+            return output
+
+        trainer._generate_and_score_completions = spy
+        trainer.train()
+    applies = torch.tensor([i % 3 != 2 for i in range(8)])
+    for output, rollout, raw in found[False]:
+        penalty = 0.0 if beta == 0 else beta * (rollout.ref_log_ratio * output["completion_mask"]).sum(1)
+        torch.testing.assert_close(output["advantages"], (raw - penalty) * applies, atol=1e-5, rtol=1e-5)
+    assert beta == 0 or rollout.ref_log_ratio.abs().max() > 1e-3 and (raw == 4.0).any()
+    (rloo, *_), (reinforce, *_) = found[True][0], found[False][0]
+    assert torch.equal(rloo["completion_ids"], reinforce["completion_ids"])
+    for group in (slice(0, 4), slice(4, 8)):
+        weights, counts = reinforce["advantages"][group].tolist(), applies[group]
+        for i in range(4):
+            others = [w for j, w in enumerate(weights) if j != i and counts[j]]
+            expected = weights[i] - sum(others) / len(others) if counts[i] else 0.0
+            assert rloo["advantages"][group][i].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_at_beta_zero_there_is_nothing_to_replace(make_trainer):

@@ -1,0 +1,33 @@
+"""What a run leaves in its folder, read back: `metrics.jsonl`, `summary.json`."""
+
+import json
+import re
+from pathlib import Path
+
+
+def group_of(name: str) -> str:
+    """The name without its seed."""
+    return re.sub(r"_seed_\d+$", "", name)
+
+
+def read_summary(folder: Path) -> dict | None:
+    """`summary.json` of a finished run; `None` where there is none, or half of one."""
+    try:
+        return json.loads(Path(folder, "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of `metrics.jsonl` so far; a last line that is still being written is left out."""
+    try:
+        lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    entries = []
+    for line in lines:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
