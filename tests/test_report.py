@@ -2,11 +2,12 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
 from kl_alliteration.alliteration import alliterating_words
-from kl_alliteration.report import write_report
+from kl_alliteration.report import PANELS, order_of_rewards, verdict, write_report
 
 
 def a_run(folder, name: str, beta: float, reward: float, finished: bool = True):
@@ -20,7 +21,8 @@ def a_run(folder, name: str, beta: float, reward: float, finished: bool = True):
     (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
     if finished:
         numbers = {"reward_mean": reward, "different_share": 0.5, "distinct_2": 0.25, "kl_per_token": None}
-        summary = {"before": numbers, "after": numbers, "stories": ["A tall t<ree> & [b]tried[/b]", "once upon"]}
+        before = numbers | {"reward_mean": 5.0}
+        summary = {"before": before, "after": numbers, "stories": ["A tall t<ree> & [b]tried[/b]", "once upon"]}
         (run / "summary.json").write_text(json.dumps(summary))
     return run
 
@@ -31,16 +33,18 @@ def test_the_page_holds_table_figures_and_stories(tmp_path):
     a_run(tmp_path, "beta_10_seed_0", 10, 4.0)
     page = write_report(tmp_path).read_text()
     cells = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", page)][1:]
-    assert [row[:4] for row in cells] == [
-        ["beta_0.1", "0.1", "2", "11.00 (10.00 to 12.00)"],
-        ["beta_10", "10", "1", "4.00"],
+    assert [row[:5] for row in cells] == [
+        ["before", "-", "-", "-", "5.00"],
+        ["beta_0.1", "0.1", "9.9", "2", "11.00 (10.00 to 12.00)"],
+        ["beta_10", "10", "990", "1", "4.00"],
     ]
+    assert [row[-1] for row in cells] == ["", "learns, varied", "as before"]
     assert page.count("data:image/png;base64,") == 4  # reward, KL, entropy, reward over KL: no guard in these logs
     assert "share of different stories in a batch: not in any log" in page
     assert "<mark>tall</mark> <mark>t&lt;ree&gt;</mark> &amp; [b]tried[/b]" in page  # a story is no markup
     assert "http" not in page and "<script" not in page
     markdown = (tmp_path / "report.md").read_text()
-    assert "| beta_0.1 | 0.1 | 2 | 11.00 (10.00 to 12.00) |" in markdown
+    assert "| beta_0.1 | 0.1 | 9.9 | 2 | 11.00 (10.00 to 12.00) |" in markdown
     assert "**tall**" in markdown
 
 
@@ -51,8 +55,11 @@ def test_what_is_missing_is_said_and_the_rest_is_drawn(tmp_path):
     (broken / "metrics.jsonl").write_text("not JSON\n")
     torn = a_run(tmp_path, "torn_seed_0", 0.4, 10.0)
     (torn / "summary.json").write_text('{"before": ')
+    other = a_run(tmp_path, "other_seed_0", 0.5, 10.0)
+    (other / "summary.json").write_text('{"before": [], "after": 3}')  # JSON, and none of ours
     page = write_report(tmp_path, frontier_path=tmp_path / "nowhere.json").read_text()
     for words in (
+        "other_seed_0: not finished",
         "half_seed_0: not finished, drawn as far as it went",
         "broken_seed_0: no metrics.jsonl that can be read, left out",
         "torn_seed_0: not finished",
@@ -66,6 +73,53 @@ def test_an_empty_folder_is_a_page_and_none_is_an_error(tmp_path):
     assert "not in any log" in write_report(tmp_path).read_text()
     with pytest.raises(ValueError, match="there is no folder"):
         write_report(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("after", "says"),
+    [
+        ({"reward_mean": 90.0, "different_share": 0.49, "distinct_2": 0.7}, "collapsed"),
+        ({"reward_mean": 90.0, "different_share": 1.0, "distinct_2": 0.14}, "collapsed"),
+        ({"reward_mean": 7.1, "different_share": 1.0, "distinct_2": 0.16}, "learns, varied"),
+        ({"reward_mean": 6.9, "different_share": 1.0, "distinct_2": 0.7}, "as before"),
+    ],
+)
+def test_the_verdict(after, says):
+    assert verdict({"reward_mean": 5.0, "different_share": 1.0, "distinct_2": 0.75}, after) == says
+
+
+def test_the_order_of_rewards(tmp_path):
+    rewards = {0.0: 90.0, 0.1: 95.0, 1.0: 20.0, 10.0: 4.0}
+    groups = {f"beta_{beta}": [a_run(tmp_path, f"beta_{beta}_seed_0", beta, r)] for beta, r in rewards.items()}
+    # ranks 1 2 3 4 against 3 4 2 1: differences -2 -2 1 3, 1 - 6 * 18 / (4 * 15)
+    assert order_of_rewards(groups) == pytest.approx(-0.8)
+    assert order_of_rewards(dict(list(groups.items())[:2])) is None
+
+
+def test_a_browser_finds_each_figure_and_story(tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    a_run(tmp_path, "beta_0.1_seed_0", 0.1, 10.0)
+    a_run(tmp_path, "beta_10_seed_0", 10, 4.0)
+    path = write_report(tmp_path)
+    with sync_api.sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        except sync_api.Error as error:
+            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
+        page, asked, errors = browser.new_page(viewport={"width": 420, "height": 800}), [], []
+        page.on("request", lambda request: asked.append(request.url[:5]))
+        page.on("pageerror", lambda error: errors.append(error))
+        page.goto(path.as_uri())
+        drawn = page.eval_on_selector_all("img", "all => all.filter(i => i.naturalWidth > 400).map(i => i.alt)")
+        told = page.eval_on_selector_all("blockquote", "all => all.map(q => q.innerText)")
+        marked = page.eval_on_selector_all("mark", "all => all.map(q => q.innerText)")
+        wide = page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
+        browser.close()
+    assert drawn == [*(label for _, label in list(PANELS.values())[:3]), "reward over KL per sequence"]
+    assert told == ["A tall t<ree> & [b]tried[/b]", "once upon"] * 2
+    assert marked == ["tall", "t<ree>"] * 2
+    assert set(asked) <= {"file:", "data:"} and not errors
+    assert not wide  # a phone scrolls the table, not the page
 
 
 def test_both_words_of_a_pair_are_marked():
