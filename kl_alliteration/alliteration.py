@@ -1,6 +1,24 @@
-"""Text to alliteration counts. The study's definition, with the standard library alone."""
+"""Text to alliteration. The study's definition and its refinements, with the standard library alone."""
 
+from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
+
+
+def first_letter(word: str) -> str:
+    """The study's initial: the first character, lower-cased, whatever it is."""
+    return word[0].lower()
+
+
+def bare(word: str) -> str:
+    """The word without what is neither letter nor digit at its ends: `'"Tall,'` is `Tall`, `--` is nothing."""
+    start, end = 0, len(word)
+    while start < end and not word[start].isalnum():
+        start += 1
+    while end > start and not word[end - 1].isalnum():
+        end -= 1
+    return word[start:end]
 
 
 def count_alliterations(text: str) -> int:
@@ -13,9 +31,48 @@ def count_alliterations(text: str) -> int:
     return sum(a == b for a, b in pairwise(initials))
 
 
+class Pair(NamedTuple):
+    """Two adjacent words with the same initial; `place` counts from 1 within an unbroken row of such pairs."""
+
+    left: str
+    right: str
+    initial: str
+    place: int
+
+    @property
+    def identical(self) -> bool:
+        """One word twice, whatever its case and punctuation."""
+        return bare(self.left).lower() == bare(self.right).lower()
+
+
+def alliterating_pairs(words: list[str], initial: Callable[[str], str] = first_letter) -> list[Pair]:
+    """The alliterating pairs of a list of words, in order. A word without an initial, `""`, is in no pair."""
+    pairs, place = [], 0
+    for (left, a), (right, b) in pairwise([(word, initial(word)) for word in words]):
+        place = place + 1 if a == b and a else 0
+        if place:
+            pairs.append(Pair(left, right, a, place))
+    return pairs
+
+
+def identical_share(pairs: list[Pair]) -> float:
+    """The share of pairs that are one word twice: the exploit. 0 without a pair."""
+    return sum(pair.identical for pair in pairs) / len(pairs) if pairs else 0.0
+
+
+def longest_run(pairs: list[Pair]) -> int:
+    """Words in the longest unbroken alliteration; 0 without a pair."""
+    return max((pair.place + 1 for pair in pairs), default=0)
+
+
+def letter_counts(pairs: list[Pair]) -> Counter:
+    """Pairs by their initial."""
+    return Counter(pair.initial for pair in pairs)
+
+
 def alliterating_words(text: str) -> list[tuple[str, bool]]:
     """The words of a text, and whether each is in an alliterating pair."""
     words = text.split()
-    initials = [word[0].lower() for word in words]
+    initials = [first_letter(word) for word in words]
     pairs = [False, *(a == b for a, b in pairwise(initials)), False]
     return [(word, any(sides)) for word, sides in zip(words, pairwise(pairs), strict=False)]

@@ -1,5 +1,3 @@
-import pickle
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,8 +53,3 @@ def test_never_raises_and_agrees_with_a_plain_loop(prompt, completion):
 def test_odd_texts(text):
     (reward,) = alliteration_reward([""], [text])
     assert 0 <= reward <= len(text.split())
-
-
-def test_the_reward_is_picklable_and_named():
-    assert pickle.loads(pickle.dumps(alliteration_reward)) is alliteration_reward
-    assert alliteration_reward.__name__ == "alliteration_reward"

