@@ -50,7 +50,7 @@ def make_trainer(tiny_model, tmp_path):
     def reward(completions, **kwargs):
         return [float(text.split().count("tree") + len(text.split()) / 10) for text in completions]
 
-    def make(lora: bool = False, **options):
+    def make(lora: bool = False, reward_funcs=reward, reward_processing_classes=None, **options):
         defaults = {
             "output_dir": str(tmp_path),
             "beta": 0.5,
@@ -70,7 +70,8 @@ def make_trainer(tiny_model, tmp_path):
         }
         trainer = RLOOTrainer(
             model=str(tiny_model),
-            reward_funcs=reward,
+            reward_funcs=reward_funcs,
+            reward_processing_classes=reward_processing_classes,
             args=RLOOConfig(**defaults | options),
             train_dataset=Dataset.from_dict({"prompt": ["once upon a time", "there was a"] * 8}),
             peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None,
