@@ -105,13 +105,14 @@ def table(columns, rows) -> None:
 
 
 def reward_at(folder: Path, kl_per_sequence: float) -> float | None:
-    """Mean reward of the logs whose smoothed KL per sequence is within a tenth of this one."""
+    """Mean reward of the last 20 steps at which the KL, a mean of 10 steps, was within a tenth of this one.
+
+    The last ones: a run that is held at a KL is judged where it got to, one that passes by where it passed.
+    """
     points = read_run(folder)["points"]
     smooth = running_mean([kl for kl, _ in points], 10)
-    near = [
-        points[i + j][1] for i, mean in enumerate(smooth) if abs(mean / kl_per_sequence - 1) <= 0.1 for j in range(10)
-    ]
-    return statistics.fmean(near) if near else None
+    near = [points[i + 5][1] for i, mean in enumerate(smooth) if abs(mean / kl_per_sequence - 1) <= 0.1]
+    return statistics.fmean(near[-20:]) if near else None
 
 
 def ahead(runs: dict[str, list[Path]], frontier: list[dict], figures: Path) -> None:
