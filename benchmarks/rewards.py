@@ -73,12 +73,11 @@ def main():
     character_tables(torch.device("cpu"))
     policy = AutoModelForCausalLM.from_pretrained(MODEL_PATH)
     sampled = judge(policy, tokenizer, [PROMPT] * 1_000, rewards.alliteration_reward).texts
-    ids = tokenizer(sampled[:256], return_tensors="pt", padding=True, padding_side="right")["input_ids"][
-        :, :100
-    ].long()
-    times = seconds({"model": lambda: model(ids)}, 30)["model"]
-    print(f"\nReward model, {ids.shape[0]} x {ids.shape[1]} tokens, one thread: median {statistics.median(times) * 1e3:.1f} ms, "
-          f"quickest {min(times) * 1e3:.1f} ms.")  # fmt: skip
+    batch = tokenizer(sampled, return_tensors="pt", padding=True, padding_side="right")
+    ids, mask = batch["input_ids"].long(), batch["attention_mask"].long()
+    times = [1e3 * t for t in seconds({"model": partial(model, ids[:256, :100])}, 30)["model"]]
+    median = statistics.median(times)
+    print(f"\nReward model, 256 x 100 tokens: median {median:.1f} ms, quickest {min(times):.1f} ms.")
 
     odd = [random_text(rng) for _ in range(100_000)]
     different = [sum(study(t) != rewards.alliteration_reward.score(t) for t in texts) for texts in (odd, sampled)]
