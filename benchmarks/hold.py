@@ -14,6 +14,7 @@ import json
 import statistics
 from pathlib import Path
 
+import numpy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl_alliteration import alliteration_reward, judge
@@ -125,10 +126,14 @@ def ahead(runs: dict[str, list[Path]], frontier: list[dict], figures: Path) -> N
             spread = f"{statistics.fmean(rewards):.1f} ({min(rewards):.1f} to {max(rewards):.1f})" if rewards else "-"
             cells.append(f"{spread}, {len(rewards)} of {len(folders)}")
         rows.append([name, *cells])
-    beyond = [next((p for p in frontier if p["kl_per_sequence"] >= level), None) for level in levels]
-    rows.append(["best of n", *(f"{p['reward']:.1f}" if p else "no such n" for p in beyond)])
+    columns = [[p[name] for p in frontier] for name in ("kl_per_sequence", "reward", "low", "high")]
+    best = [[float(numpy.interp(level, columns[0], c, right=numpy.nan)) for c in columns[1:]] for level in levels]
+    rows.append(["best of n", *("no such n" if r != r else f"{r:.1f} ({a:.1f} to {b:.1f})" for r, a, b in best)])
     table(("", *(f"reward at {level} nats" for level in levels)), rows)
     drawn = [{**read_run(folders[0]), "name": name} for name, folders in runs.items()]
+    stock = [run for run in drawn if run["name"].startswith("stock")]
+    for run in stock:
+        run |= {"color": "0.55", "name": "stock, five betas" if run is stock[0] else ""}
     for run in drawn:
         columns = zip(*run["points"], strict=True)
         run["points"] = list(zip(*(running_mean(list(c), 10) for c in columns), strict=True))

@@ -7,12 +7,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.patheffects import withStroke  # noqa: E402
 
 from .runs import read_metrics  # noqa: E402
 
 # Okabe-Ito, told apart by readers with any colour vision.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
+HALO = [withStroke(linewidth=3, foreground="white")]  # names stay readable on lines
 PANELS = (
     ("reward", "reward (alliterating pairs)", BLUE),
     ("kl", "KL to the reference (nats per token)", ORANGE),
@@ -68,17 +70,19 @@ def read_run(folder: str | Path) -> dict:
 
 
 def plot_frontier(frontier: list[dict], runs: list[dict], path: str | Path) -> None:
-    """Reward over KL per sequence: best-of-n with its band, and training runs from [`read_run`]."""
+    """Reward over KL per sequence: best-of-n with its band, and runs from [`read_run`], which may have a `color`."""
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     if frontier:
         kl = [point["kl_per_sequence"] for point in frontier]
         axis.fill_between(kl, [p["low"] for p in frontier], [p["high"] for p in frontier], color="0.8", linewidth=0)
         axis.plot(kl, [p["reward"] for p in frontier], color="0.2", linewidth=2)
         last = frontier[-1]
-        axis.annotate(f"best of n, to {last['n']:,}", (last["kl_per_sequence"], last["reward"]), fontsize=11)
+        end = last["kl_per_sequence"], last["reward"]
+        axis.annotate(f" best of n, to {last['n']:,}", end, fontsize=11, path_effects=HALO)
     for run, color in zip(runs, cycle(COLORS), strict=False):
-        axis.plot(*zip(*run["points"], strict=True), color=color, marker="o", markersize=3, linewidth=1.5)
-        axis.annotate(run["name"], run["points"][-1], color=color, fontsize=11)
+        color = run.get("color", color)
+        axis.plot(*zip(*run["points"], strict=True), color=color, linewidth=1.5)
+        axis.annotate(f" {run['name']}", run["points"][-1], color=color, fontsize=11, path_effects=HALO)
     axis.set_xlabel("KL to the reference (nats per sequence)")
     axis.set_ylabel("reward (alliterating pairs)")
     axis.spines[["top", "right"]].set_visible(False)

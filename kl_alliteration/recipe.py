@@ -108,6 +108,10 @@ class StoryArguments(ScriptArguments):
     show_stories_every: int = field(default=30, metadata={"help": "Steps between tables of stories; 0 shows none."})
     eval_stories: int = field(default=100, metadata={"help": "Fresh stories that are judged before and after."})
 
+    def __post_init__(self):
+        if isinstance(self.reward_funcs, str):  # one path in a YAML file
+            self.reward_funcs = [self.reward_funcs]
+
 
 class RecipeParser(TrlParser):
     """`TrlParser` with one-line errors, no abbreviated options, and the recipe's own YAML as its defaults."""

@@ -137,6 +137,13 @@ def test_conversational_prompts(tmp_path, tiny_model):
         cwd=tmp_path,
     )
     assert (tmp_path / "out" / "summary.json").exists()
+    options = "--config", ROOT / "recipes/instruct.yaml", "--dataset_name", ROOT / "recipes/instruct_prompts.jsonl"
+    batch = "--num_generations", "4", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"
+    run(*("--output_dir", "lora", *options, *batch, "--model_name_or_path", "./chat", *SMALL), cwd=tmp_path)
+    assert (tmp_path / "lora/adapter_model.safetensors").exists()
+    first = json.loads((tmp_path / "lora/metrics.jsonl").read_text().splitlines()[0])
+    assert "rewards/distinct_alliteration/mean" in first and "alliteration/pairs" in first
+    assert "kl/exact_per_token" in first and "kl/budget_use" in first
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""What the policy alliterates on under each reward, at one budget of KL.
+
+    python benchmarks/swap_rewards.py --at_a_time 2
+
+The default of rloo_tall_tree, three seeds a reward; 500 fresh stories of each trained model. A letter is in use where it
+carries at least 5 % of the pairs. Runs go into runs/swap_rewards and are kept. Prints Markdown.
+"""
+
+import argparse
+import statistics
+from collections import Counter
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kl_alliteration import alliteration_reward, judge
+from kl_alliteration.alliteration import alliterating_pairs, identical_share, letter_counts
+from kl_alliteration.runs import read_summary
+from kl_alliteration.story_lm import MODEL_PATH, PROMPT
+from kl_alliteration.sweep import ROOT, run_all, seeds_of
+
+REWARDS = ("alliteration_reward", "distinct_alliteration", "rare_letter_alliteration", "alliteration_on_b")
+QUIET = {"disable_tqdm": True, "show_stories_every": 0, "report_to": "none", "logging_steps": 5}
+STORIES = 500
+
+
+def facts(model: str | Path) -> dict:
+    """What 500 fresh stories of a model alliterate on."""
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    judgement = judge(policy, tokenizer, [PROMPT] * STORIES, alliteration_reward, seed=1)
+    found = [alliterating_pairs(text.split()) for text in judgement.texts]
+    pairs = [pair for each in found for pair in each]
+    letters = letter_counts(pairs)
+    repeats = 0  # texts of whose pairs more than half are the same two words again, or one word twice
+    for each in found:
+        same = Counter((pair.left.lower(), pair.right.lower()) for pair in each)
+        again = sum(pair.identical for pair in each) + sum(n - 1 for (left, right), n in same.items() if left != right)
+        repeats += bool(each) and again > len(each) / 2
+    commonest = letters.most_common()
+    return {
+        "pairs a story": judgement.reward_mean,
+        "identical": identical_share(pairs),
+        "texts that live on repeats": repeats / STORIES,
+        "letters in use": sum(n >= 0.05 * len(pairs) for n in letters.values()),
+        "on the two commonest": sum(n for _, n in commonest[:2]) / len(pairs),
+        "on b": letters["b"] / len(pairs),
+        "commonest": " ".join(letter for letter, _ in commonest[:3]),
+        "different": judgement.different_share,
+    }
+
+
+def spread(values: list) -> str:
+    if isinstance(values[0], str):
+        return ", ".join(values)
+    mean = statistics.fmean(values)
+    return f"{mean:.2f}" + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else "")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "swap_rewards")
+    parser.add_argument("--at_a_time", type=int, default=1)
+    args = parser.parse_args()
+    runs = {
+        name: seeds_of(name, QUIET | {"reward_funcs": f"kl_alliteration.rewards.{name}"}, args.seeds)
+        for name in REWARDS
+    }
+    recipe, config = ROOT / "recipes/rloo_tall_tree.py", str(ROOT / "accelerate_configs/cpu.yaml")
+    failed = run_all([r for group in runs.values() for r in group], recipe, args.folder, config, args.at_a_time)
+    if failed:
+        raise SystemExit(1)
+    rows = {"before": [facts(MODEL_PATH) | {"KL per sequence": 0.0}]}
+    for name, group in runs.items():
+        folders = [args.folder / run.name for run in group]
+        rows[name] = [
+            facts(folder) | {"KL per sequence": read_summary(folder)["after"]["kl_per_sequence"]} for folder in folders
+        ]
+    columns = list(rows["before"][0])
+    print(f"| reward | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for name, found in rows.items():
+        print(f"| {name} | {' | '.join(spread([each[column] for each in found]) for column in columns)} |")
+
+
+if __name__ == "__main__":
+    main()
