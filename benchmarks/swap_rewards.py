@@ -2,8 +2,8 @@
 
     python benchmarks/swap_rewards.py --at_a_time 2
 
-The default of rloo_tall_tree, three seeds a reward; 500 fresh stories of each trained model. A letter is in use where it
-carries at least 5 % of the pairs. Runs go into runs/swap_rewards and are kept. Prints Markdown.
+The default of rloo_tall_tree, three seeds a reward; 500 fresh stories of each trained model. A letter is in use where
+it carries at least 5 % of the pairs. Runs go into runs/swap_rewards and are kept. Prints Markdown.
 """
 
 import argparse
