@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 
+import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 from transformers.integrations import is_tensorboard_available
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ScriptArguments, TrlParser
 
-from . import control, kl
+from . import control, kl, reward_model  # noqa: F401  (reward_model: to register it)
 from ._trl import UnknownTRLError, rollout_seam
 from .callbacks import KLControlCallback, KLMonitorCallback, KLPenaltyCallback
 from .generation import use_fast_sampling
@@ -27,6 +28,7 @@ from .story_lm import MODEL_PATH, PROMPT
 # TinyStories-33M was trained with this tokenizer and ships none (its model card says so).
 TOKENIZER_OF = {"roneneldan/TinyStories-33M": "EleutherAI/gpt-neo-125M"}
 
+ALLITERATION = "kl_alliteration.rewards.alliteration_reward"
 BETA_UNITS = ("sequence", "study")
 CONTROLLERS = {
     "fixed": None,
@@ -55,8 +57,15 @@ class StoryArguments(ScriptArguments):
         default=None, metadata={"help": "Tokenizer, where it is not the model's own."}
     )
     reward_funcs: list[str] = field(
-        default_factory=lambda: ["kl_alliteration.rewards.alliteration_reward"],
-        metadata={"help": "Rewards by dotted import path, summed (or weighted by --reward_weights)."},
+        default_factory=list,
+        metadata={
+            "help": "Rewards by dotted import path, summed (or weighted by --reward_weights). Default: "
+            f"{ALLITERATION}, where no reward model is named."
+        },
+    )
+    reward_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A reward model, a Hub id or a folder with its tokenizer; the first of the rewards."},
     )
     kl_estimator: str = field(default="k1", metadata={"help": f"KL estimator: {', '.join(kl.estimators())}."})
     kl_placement: str = field(
@@ -111,6 +120,8 @@ class StoryArguments(ScriptArguments):
     def __post_init__(self):
         if isinstance(self.reward_funcs, str):  # one path in a YAML file
             self.reward_funcs = [self.reward_funcs]
+        if not self.reward_funcs and not self.reward_model_name_or_path:
+            self.reward_funcs = [ALLITERATION]
 
 
 class RecipeParser(TrlParser):
@@ -204,12 +215,12 @@ def check_options(args: StoryArguments, training_args, model_args) -> None:
         raise ValueError(f"eval_stories must be >= 1, got {args.eval_stories}")
     if args.show_stories_every < 0:
         raise ValueError(f"show_stories_every must be >= 0, got {args.show_stories_every}; 0 shows none")
-    path = model_args.model_name_or_path
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).is_dir():
-        raise ValueError(
-            f"model_name_or_path: there is no folder {path!r}; name a folder or a Hub id such as user/model"
-        )
+    check_model_path("model_name_or_path", model_args.model_name_or_path)
+    if args.reward_model_name_or_path:
+        check_model_path("reward_model_name_or_path", args.reward_model_name_or_path)
+    rewards = len(args.reward_funcs) + bool(args.reward_model_name_or_path)
+    if training_args.reward_weights is not None and len(training_args.reward_weights) != rewards:
+        raise ValueError(f"reward_weights must be {rewards}, one a reward, got {len(training_args.reward_weights)}")
     if training_args.push_to_hub:
         from huggingface_hub import whoami
 
@@ -220,6 +231,13 @@ def check_options(args: StoryArguments, training_args, model_args) -> None:
                 f"push_to_hub: no valid login at the Hub ({type(error).__name__}); run `hf auth login`, "
                 "or leave the option out"
             ) from None
+
+
+def check_model_path(name: str, path: str) -> None:
+    """`ValueError` for what looks like a folder and is none; anything else may be a Hub id."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).is_dir():
+        raise ValueError(f"{name}: there is no folder {path!r}; name a folder or a Hub id such as user/model")
 
 
 def load_tokenizer(args: StoryArguments, model_args, training_args):
@@ -280,9 +298,9 @@ class CheckedReward:
         return rewards
 
 
-def load_rewards(paths: list[str]) -> list:
-    """Import reward functions by dotted path, `package.module.function`, the working directory included."""
-    rewards = []
+def load_rewards(paths: list[str], model: str | None = None) -> list:
+    """Reward functions by dotted path, the working directory included, after a reward model's path if there is one."""
+    rewards = [] if model is None else [model]
     for path in paths:
         module_name, _, name = path.rpartition(".")
         if not module_name:
@@ -313,9 +331,28 @@ def parse_recipe(parser: RecipeParser, argv: list[str] | None = None):
 
 
 def total_reward(trainer):
-    """The trainer's synchronous reward functions, weighted and summed as TRL sums them: for judging fresh stories."""
+    """The trainer's rewards, weighted and summed as TRL does, for judging fresh stories; async ones are left out."""
     weights = trainer.reward_weights.tolist()
-    pairs = [(f, w) for f, w in zip(trainer.reward_funcs, weights, strict=True) if isinstance(f, CheckedReward)]
+
+    def of_model(model, tokenizer):
+        def reward(prompts, completions) -> list[float]:
+            texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+            inputs = tokenizer(
+                text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
+            )
+            with torch.inference_mode():
+                return model(**inputs.to(model.device)).logits[:, 0].tolist()
+
+        return reward
+
+    pairs = []
+    for function, tokenizer, weight in zip(
+        trainer.reward_funcs, trainer.reward_processing_classes, weights, strict=True
+    ):
+        if isinstance(function, torch.nn.Module):
+            pairs.append((of_model(function, tokenizer), weight))
+        elif isinstance(function, CheckedReward):
+            pairs.append((function, weight))
 
     def reward(prompts, completions) -> list[float]:
         columns = [(function(prompts, completions), weight) for function, weight in pairs]

@@ -159,5 +159,8 @@ def spell_tokens(tokenizer) -> list[bytes]:
     return spelled
 
 
+# With the code in the folder too, so that a program without this package loads it under `trust_remote_code`.
+AlliterationConfig.register_for_auto_class()
+AlliterationRewardModel.register_for_auto_class("AutoModelForSequenceClassification")
 AutoConfig.register(AlliterationConfig.model_type, AlliterationConfig)
 AutoModelForSequenceClassification.register(AlliterationConfig, AlliterationRewardModel)

@@ -52,7 +52,7 @@ def build_trainer(args: StoryArguments, training_args: RLOOConfig, model_args: M
     }
     trainer = RLOOTrainer(
         model=model_args.model_name_or_path,
-        reward_funcs=load_rewards(args.reward_funcs),
+        reward_funcs=load_rewards(args.reward_funcs, args.reward_model_name_or_path),
         args=training_args,
         train_dataset=load_prompts(args, training_args.generation_batch_size // training_args.num_generations),
         processing_class=load_tokenizer(args, model_args, training_args),

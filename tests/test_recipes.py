@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kl_alliteration.reward_model import AlliterationRewardModel
 from kl_alliteration.story_lm import MODEL_PATH
 from kl_alliteration.sweep import end_orphan
 
@@ -99,6 +101,37 @@ def test_own_prompts_rewards_and_estimator(tmp_path):
     assert "short" in done.stdout
 
 
+def test_the_example_of_one_s_own_rewards(tmp_path):
+    """The file of docs/rewards.md, as the words beside it launch it."""
+    (example,) = re.findall(r"```python\n(# my_rewards.py\n.*?)```", (ROOT / "docs/rewards.md").read_text(), re.S)
+    (tmp_path / "my_rewards.py").write_text(example)
+    launcher = ("accelerate.commands.launch", "--quiet", "--config_file", str(ROOT / "accelerate_configs/cpu.yaml"))
+    rewards = "--reward_funcs", "my_rewards.short", "my_rewards.ends_well", "--reward_weights", "1", "0.5"
+    run("--output_dir", "out", *rewards, *SMALL, cwd=tmp_path, launcher=launcher)
+    first = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[0])
+    assert first["rewards/short/mean"] < 0 and 0 <= first["ends_well/share"] <= 1
+
+
+def test_a_reward_model_by_its_folder(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+    AlliterationRewardModel.from_tokenizer(tokenizer).save_pretrained(tmp_path / "alliteration")
+    tokenizer.save_pretrained(tmp_path / "alliteration")
+    model = "--reward_model_name_or_path", "./alliteration"
+    run("--output_dir", "out", *model, *SMALL, cwd=tmp_path)
+    run("--output_dir", "text", *SMALL, cwd=tmp_path)
+    found, expected = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("out", "text"))
+    assert found["before"]["reward_mean"] == expected["before"]["reward_mean"] > 0
+    first = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[0])
+    assert first["rewards/alliteration/mean"] > 0
+    # a program that does not know this package runs the folder's own code
+    code = "from transformers import AutoModelForSequenceClassification as A; import sys; "
+    code += "m = A.from_pretrained('alliteration', trust_remote_code=True, num_labels=1); "
+    code += "print(type(m).__name__, 'kl_alliteration' in sys.modules)"
+    env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "AlliterationRewardModel False", done.stderr[-2000:]
+
+
 def test_the_penalty_s_options_and_the_study_s_unit(tmp_path):
     run(
         *("--output_dir", "out", "--beta", "40", "--beta_unit", "study", "--kl_estimator", "exact"),
@@ -171,6 +204,9 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--model_name_or_path", "./nowhere"], "model_name_or_path: there is no folder './nowhere'"),
         (["--prompt", ""], "prompt must not be empty"),
         (["--dataset_name", "no.jsonl"], "dataset_name: there is no file 'no.jsonl'"),
+        (["--reward_weights", "1", "2"], "reward_weights must be 1, one a reward, got 2"),
+        (["--reward_model_name_or_path", "./nowhere"], "reward_model_name_or_path: there is no folder './nowhere'"),
+        (["--reward_funcs", "kl_alliteration.rewards.alliteration_on_7"], "letter must be one letter, got '7'"),
         (["--reward_funcs", "math.nothing"], "reward_funcs: cannot import 'math.nothing'"),
         (["--reward_funcs", "math.pi"], "reward_funcs: 'math.pi' is a float, not a function"),
         (["--reward_funcs", "plain"], "reward_funcs: 'plain' is no dotted path"),
