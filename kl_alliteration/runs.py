@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def group_of(name: str) -> str:
-    """The name without its seed."""
-    return re.sub(r"_seed_\d+$", "", name)
+    """The name without its seed, as words: `beta_0.1_seed_2` is of `beta 0.1`."""
+    return re.sub(r"_seed_\d+$", "", name).replace("_", " ")
 
 
 def read_summary(folder: Path) -> dict | None:
