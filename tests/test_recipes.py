@@ -194,6 +194,8 @@ def test_conversational_prompts(tmp_path, tiny_model):
             [*FIXED_BETA, "--kl_placement", "loss", "--strict"],
             "gives a gradient that is zero: only noise. Use k2 in the loss",
         ),
+        (["--baseline", "mean"], "baseline must be one of leave_one_out, none, got 'mean'"),
+        (["--baseline", "none", "--normalize_advantages"], "baseline 'none' has no advantages to normalize"),
         (["--beta_unit", "week"], "beta_unit must be one of sequence, study, got 'week'"),
         (["--kl_controller", "pid"], "kl_controller must be one of fixed, step, ppo, ziegler, pi, got 'pid'"),
         (["--kl_controller", "pi"], "target_kl_per_token must be > 0 with kl_controller 'pi', got None"),
@@ -265,6 +267,30 @@ def test_a_sweep_prints_its_commands_and_ends_in_a_report(tmp_path):
     assert "done" in done.stdout
     done = run(*options, "--betas", "-1", cwd=tmp_path, recipe="sweep_beta.py", check=False)
     assert done.returncode == 2 and "error: betas must be >= 0, got -1.0" in done.stderr
+
+
+def test_the_extended_run_has_the_default_beside_it(tmp_path):
+    config = "--config", ROOT / "recipes/extended.yaml", "--beside_config", ROOT / "recipes/rloo_tall_tree.yaml"
+    said = run(*config, "--print_commands", cwd=tmp_path, recipe="sweep_beta.py").stdout.splitlines()
+    assert len(said) == 6 and "fixed_beta.yaml" in said[0]
+    assert "--max_steps 500" in said[0] and "--beta 30 --beta_unit study --seed 0" in said[0]
+    assert "fixed_beta" not in said[3] and "--beta " not in said[3] and "--max_steps 600 --seed 0" in said[3]
+    done = run(*config[:2], "--beside_config", "no.yaml", cwd=tmp_path, recipe="sweep_beta.py", check=False)
+    assert done.returncode == 2 and "error: beside_config: there is no file 'no.yaml'" in done.stderr
+
+
+def test_reinforce_against_rloo(tmp_path):
+    options = "--seeds", "0", "--output_dir", "out", *SMALL
+    run(*options, cwd=tmp_path, recipe="reinforce_vs_rloo.py")
+    logs = {
+        name: [json.loads(line) for line in (tmp_path / f"out/{name}_seed_0/metrics.jsonl").read_text().splitlines()]
+        for name in ("rloo", "reinforce")
+    }
+    # the same first batch, and then another policy
+    name = "rewards/words_starting_with_a/mean"
+    assert logs["rloo"][0][name] == logs["reinforce"][0][name] > 0
+    assert logs["rloo"][0]["grad_norm"] != logs["reinforce"][0]["grad_norm"]
+    assert "reinforce" in (tmp_path / "out/report.html").read_text()
 
 
 def test_a_sweep_that_was_killed_ends_as_if_it_had_not_been(tmp_path):
