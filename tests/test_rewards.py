@@ -3,10 +3,16 @@
 import importlib
 import json
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import trl
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trl import GRPOConfig, GRPOTrainer
 
 from kl_alliteration import letters, phonetics, rewards
 from kl_alliteration.alliteration import alliterating_pairs, bare, identical_share, longest_run
@@ -168,3 +174,31 @@ def test_what_trl_logs():
         "alliteration/letters_in_use": 2,
     }
     assert extra == {"distinct_alliteration letters": ["t:2", "b:1"]}
+
+
+def test_grpo_takes_them_too(tiny_model, tmp_path):
+    options = {"output_dir": str(tmp_path), "per_device_train_batch_size": 4, "num_generations": 4, "max_steps": 1}
+    options |= {"max_completion_length": 6, "report_to": "none", "use_cpu": True, "bf16": False, "logging_steps": 1}
+    trainer = GRPOTrainer(
+        model=str(tiny_model),
+        reward_funcs=[rewards.distinct_alliteration, rewards.alliteration_on_t],
+        args=GRPOConfig(**options, save_strategy="no", gradient_checkpointing=False, disable_tqdm=True),
+        train_dataset=Dataset.from_dict({"prompt": ["once upon a time"] * 8}),
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert "rewards/distinct_alliteration/mean" in logged and "rewards/alliteration_on_t/mean" in logged
+    assert logged["alliteration/pairs"] >= logged["rewards/distinct_alliteration/mean"]
+
+
+def test_trl_s_own_script_takes_them_by_path(tiny_model, tmp_path):
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/train.jsonl").write_text('{"prompt": "once upon a time"}\n' * 8)
+    script = Path(trl.__file__).parent / "scripts/rloo.py"
+    options = "--max_steps 1 --max_completion_length 6 --num_generations 4 --per_device_train_batch_size 4 --use_cpu"
+    options += " --bf16 False --report_to none --save_strategy no --logging_steps 1 --output_dir out"
+    command = [sys.executable, str(script), "--model_name_or_path", str(tiny_model), "--dataset_name", "prompts"]
+    command += ["--reward_funcs", "kl_alliteration.rewards.rare_letter_alliteration", *options.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "rewards/rare_letter_alliteration/mean" in done.stdout
