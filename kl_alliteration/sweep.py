@@ -179,12 +179,17 @@ class SweepArguments:
     )
     print_commands: bool = field(default=False, metadata={"help": "Print one command a run, and run none."})
 
+    FILES = ("launch_config", "recipe_config", "frontier")
+
     def __post_init__(self):
         if self.at_a_time < 1:
             raise ValueError(f"at_a_time must be >= 1, got {self.at_a_time}")
-        for name in ("launch_config", "recipe_config"):
-            if not Path(getattr(self, name)).is_file():
-                raise ValueError(f"{name}: there is no file {getattr(self, name)!r}")
+        for name in self.FILES:
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_file():
+                if not (ROOT / path).is_file():  # as the YAML files here name them
+                    raise ValueError(f"{name}: there is no file {path!r}")
+                setattr(self, name, str(ROOT / path))
 
 
 def parse_sweep(arguments: type[SweepArguments], defaults: Path) -> tuple[SweepArguments, tuple[str, ...]]:

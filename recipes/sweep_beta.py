@@ -29,10 +29,10 @@ class BetaArguments(SweepArguments):
     )
     beside_steps: int = field(default=600, metadata={"help": "Steps of the runs beside."})
 
+    FILES = (*SweepArguments.FILES, "beside_config")
+
     def __post_init__(self):
         super().__post_init__()
-        if self.beside_config and not Path(self.beside_config).is_file():
-            raise ValueError(f"beside_config: there is no file {self.beside_config!r}")
         if not self.betas:
             raise ValueError("betas must name at least one coefficient, such as --betas 0 1 100")
         if any(beta < 0 for beta in self.betas):
