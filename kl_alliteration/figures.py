@@ -124,17 +124,18 @@ def plot_groups(groups: dict[str, list[Path]], name: str, label: str, path: str 
     return bool(ends)
 
 
-def _label_ends(axis, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names at the right end of their lines, moved apart where they would lie on each other."""
-    low, high = axis.get_ylim()
-    step, place = (high - low) / 18, low - (high - low)
-    right = max(x for _, x, _, _ in ends)
-    for y, x, name, color in sorted(ends):
-        place = max(y, place + step)
+def _label_ends(axis, ends: list[tuple[float, float, str, str]], step: float = 0.06) -> None:
+    """Names beside the right end of their lines, `step` of the axis's height apart where they would overlap."""
+    to_axes, heights = axis.transData + axis.transAxes.inverted(), []
+    for y, x, *_ in sorted(ends):
+        heights.append(max(to_axes.transform((x, y))[1], heights[-1] + step if heights else 0))
+    too_high = max(0, heights[-1] - 1) if heights else 0
+    for (y, x, name, color), height in zip(sorted(ends), heights, strict=True):
         axis.annotate(
             name,
             (x, y),
-            xytext=(right * 1.03, place),
+            xytext=(1.0, height - too_high),
+            textcoords="axes fraction",
             color=color,
             fontsize=11,
             va="center",
@@ -152,7 +153,9 @@ def plot_runs(groups: dict[str, list[Path]], path: str | Path, target_kl_per_tok
     panels = (("kl", "KL to the reference (nats per token)"), ("beta", "beta (reward per nat)"))
     panels += (("reward", "reward (alliterating pairs)"),)
     for axis, (name, label) in zip(axes, panels, strict=True):
+        ends = []
         for (group, folders), color in zip(groups.items(), cycle(COLORS), strict=False):
+            last = []
             for folder in folders:
                 log = [e for e in read_metrics(folder) if e.get(name) is not None and "generations" in e]
                 window = 1 if name == "beta" else min(20, len(log))
@@ -160,8 +163,9 @@ def plot_runs(groups: dict[str, list[Path]], path: str | Path, target_kl_per_tok
                 sums = [sum(values[i : i + window]) / window for i in range(len(values) - window + 1)]
                 places = [e["generations"] for e in log[window - 1 :]]
                 axis.plot(places, sums, color=color, linewidth=1.4, alpha=0.85)
-            if folders and log and len(groups) > 1:
-                axis.annotate(f" {group}", (places[-1], sums[-1]), color=color, fontsize=10, va="center")
+                last += list(zip(places, sums, strict=True))[-1:]
+            if last:
+                ends.append((sum(y for _, y in last) / len(last), max(x for x, _ in last), group, color))
         axis.set_title(label, loc="left", fontsize=12)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
@@ -169,6 +173,8 @@ def plot_runs(groups: dict[str, list[Path]], path: str | Path, target_kl_per_tok
             axis.set_yscale("log")
         else:
             axis.set_ylim(bottom=0)
+        if len(groups) > 1:
+            _label_ends(axis, ends, step=0.085)
     if target_kl_per_token:
         axes[0].axhspan(0.8 * target_kl_per_token, 1.2 * target_kl_per_token, color="0.9", zorder=0)
         axes[0].axhline(target_kl_per_token, color="0.4", linestyle="--", linewidth=1)
