@@ -146,6 +146,7 @@ class RolloutSeam:
         """From here on rollouts carry hidden states."""
         for model in filter(None, (self.trainer.model, self.trainer.ref_model, self._ref_model)):
             backbone = self._causal_lm(model).base_model
+            kl.LMHead.of(self._causal_lm(model))  # refuses a head that it cannot read now, not in the first batch
             if backbone not in self._hooked:
                 self._hooked.append(backbone)
                 backbone.register_forward_hook(self._keep_states)

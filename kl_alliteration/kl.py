@@ -101,8 +101,17 @@ class LMHead:
 
     @classmethod
     def of(cls, model, temperature: float = 1.0) -> "LMHead":
-        """The head of a causal language model of transformers, at a sampling temperature."""
+        """The head of a causal language model of transformers, at a sampling temperature.
+
+        Raises:
+            `ValueError`: for a head with an adapter, whose weight would be the base's.
+        """
         config, head = model.config.get_text_config(), model.get_output_embeddings()
+        if hasattr(head, "base_layer") or hasattr(head, "original_module"):  # of PEFT's wrappers
+            raise ValueError(
+                "the LM head carries an adapter, which full-vocabulary KL estimates do not see: leave lm_head out of "
+                "lora_target_modules and modules_to_save, or use kl_estimator k1"
+            )
         names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
         scale = next((s for name in names if (s := getattr(config, name, None)) is not None), None)
         if scale is None and (scaling := getattr(config, "logits_scaling", None)) is not None:

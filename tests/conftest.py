@@ -50,7 +50,9 @@ def make_trainer(tiny_model, tmp_path):
     def reward(completions, **kwargs):
         return [float(text.split().count("tree") + len(text.split()) / 10) for text in completions]
 
-    def make(lora: bool = False, reward_funcs=reward, reward_processing_classes=None, **options):
+    plain_lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+    def make(lora: bool | LoraConfig = False, reward_funcs=reward, reward_processing_classes=None, **options):
         defaults = {
             "output_dir": str(tmp_path),
             "beta": 0.5,
@@ -74,7 +76,7 @@ def make_trainer(tiny_model, tmp_path):
             reward_processing_classes=reward_processing_classes,
             args=RLOOConfig(**defaults | options),
             train_dataset=Dataset.from_dict({"prompt": ["once upon a time", "there was a"] * 8}),
-            peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None,
+            peft_config=plain_lora if lora is True else lora or None,
         )
         return trainer
 

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 import transformers
+from peft import LoraConfig
 from transformers import Gemma2Config, GPT2Config, GPTNeoConfig, LlamaConfig, Qwen2Config
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from kl_alliteration import kl
+from kl_alliteration import KLPenaltyCallback, kl
 
 V = 97
 SIZES = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -186,3 +187,11 @@ def test_nothing_larger_than_a_chunk_is_made_at_a_vocabulary_of_50257(rows):
         heads = (kl.LMHead(weight) for weight in weights)
         kl.from_hidden_states(kl.exact, hidden, ref_hidden, *heads, ids, ids + 1, rows=rows).sum().backward()
     assert largest.elements == max(rows, hidden_size) * vocabulary
+
+
+def test_a_head_that_is_trained_beside_an_adapter_is_refused_before_training(make_trainer):
+    """Whose weight it hands out with the adapter off is PEFT's affair. TRL itself refuses `lm_head` as a target."""
+    trainer = make_trainer(lora=LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="LM head carries an adapter.*use kl_estimator k1"):
+        KLPenaltyCallback(trainer, kl_estimator="exact", kl_placement="both")
+    KLPenaltyCallback(trainer, kl_estimator="k1")
