@@ -79,6 +79,8 @@ def test_peft_saves_a_small_adapter_whose_off_is_the_base(tmp_path):
     assert torch.equal(off, expected)
     assert not torch.allclose(on, expected)
     assert json.loads((out / "summary.json").read_text())["after"]["kl_per_sequence"] is not None
+    told = run("--model_name_or_path", "./out", "--stories", "2", cwd=tmp_path, recipe="tell_stories.py").stdout
+    assert "adapter on: " in told and "adapter off: " in told and told.count("Once upon") == 4
 
 
 def test_beta_zero_loads_no_reference_and_says_so(tmp_path):

@@ -1,0 +1,79 @@
+"""Read a trained model: stories with their alliterations marked; of an adapter, with it on and off side by side.
+
+python recipes/tell_stories.py --model_name_or_path runs/tall_tree
+python recipes/tell_stories.py --model_name_or_path user/adapter --stories 5 --prompt "Once there was"
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import file_exists
+from peft import AutoPeftModelForCausalLM
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from kl_alliteration import alliteration_reward, judge
+from kl_alliteration.alliteration import alliterating_words
+from kl_alliteration.recipe import check_model_path, one_line_errors
+from kl_alliteration.story_lm import MODEL_PATH, PROMPT
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str = field(default=str(MODEL_PATH), metadata={"help": "Model or adapter, folder or Hub id."})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer, where it is not the model's own."}
+    )
+    prompt: str = field(default=PROMPT, metadata={"help": "What every story starts with."})
+    stories: int = field(default=3, metadata={"help": "Stories to write."})
+    max_new_tokens: int = field(default=100, metadata={"help": "Tokens after the prompt."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampling."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+
+
+def is_adapter(name: str) -> bool:
+    if Path(name).is_dir():
+        return Path(name, "adapter_config.json").is_file()
+    return file_exists(name, "adapter_config.json")
+
+
+def marked(text: str) -> Text:
+    words = [Text(word, style="bold yellow" if pairs else "") for word, pairs in alliterating_words(text)]
+    return Text(" ").join(words)
+
+
+@one_line_errors
+def main():
+    (args,) = HfArgumentParser(Arguments, allow_abbrev=False).parse_args_into_dataclasses()
+    if args.stories < 1:
+        raise ValueError(f"stories must be >= 1, got {args.stories}")
+    if not args.prompt.strip():
+        raise ValueError("prompt must not be empty")
+    name = args.model_name_or_path
+    check_model_path("model_name_or_path", name)
+    adapter = is_adapter(name)
+    model = (AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM).from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or name, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
+
+    def tell():
+        return judge(model, tokenizer, [args.prompt] * args.stories, alliteration_reward, **options)
+
+    columns = {"adapter on" if adapter else name: tell()}
+    if adapter:
+        with model.disable_adapter():
+            columns["adapter off"] = tell()
+    table = Table(show_lines=True)
+    for heading, found in columns.items():
+        table.add_column(f"{heading}: {found.reward_mean:.1f} pairs a story", overflow="fold")
+    for texts in zip(*(found.texts for found in columns.values()), strict=True):
+        table.add_row(*map(marked, texts))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
