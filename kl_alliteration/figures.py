@@ -15,6 +15,7 @@ from .runs import read_metrics  # noqa: E402
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
 HALO = [withStroke(linewidth=3, foreground="white")]  # names stay readable on lines
+WIDE = 60  # nats per sequence, from which on a linear axis shows a collapse and nothing else
 PANELS = (
     ("reward", "reward (alliterating pairs)", BLUE),
     ("kl", "KL to the reference (nats per token)", ORANGE),
@@ -83,6 +84,9 @@ def plot_frontier(frontier: list[dict], runs: list[dict], path: str | Path) -> N
         color = run.get("color", color)
         axis.plot(*zip(*run["points"], strict=True), color=color, linewidth=1.5)
         axis.annotate(f" {run['name']}", run["points"][-1], color=color, fontsize=11, path_effects=HALO)
+    if max((kl for run in runs for kl, _ in run["points"]), default=0) > WIDE:
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xlim(left=0)
     axis.set_xlabel("KL to the reference (nats per sequence)")
     axis.set_ylabel("reward (alliterating pairs)")
     axis.spines[["top", "right"]].set_visible(False)

@@ -42,10 +42,11 @@ NOTE = (
     "study's penalty before the factor, its sign turned. Collapsed: under half of the stories differ, or pairs of "
     f"words are less than {COLLAPSED} times as varied as before; learns: a reward above {LEARNT} times the one before."
 )
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1,h2,p{overflow-wrap:anywhere}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
-td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:right}td:first-child,th:first-child{text-align:left}
+td,th{border:1px solid #ccc;padding:.25rem .5rem;text-align:right;white-space:nowrap}
+td:first-child,th:first-child{text-align:left}
 img{width:100%;height:auto}blockquote{margin:.5rem 0;padding-left:1rem;border-left:3px solid #ccc}
 mark{background:#ffe08a}.missing{color:#a33}"""
 
@@ -85,12 +86,14 @@ def summaries(runs: list[Path], when: str) -> list[dict]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean, and smallest to largest where there are several."""
+    """Mean, and smallest to largest where they differ, to three digits."""
     if not values:
         return "-"
-    return f"{statistics.fmean(values):.2f}" + (
-        f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    mean, low, high = (
+        f"{value:.{0 if value >= 99.5 else 1 if value >= 9.95 else 2}f}"
+        for value in (statistics.fmean(values), min(values), max(values))
     )
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def numbers(judgements: list[dict]) -> list[str]:

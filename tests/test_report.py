@@ -35,7 +35,7 @@ def test_the_page_holds_table_figures_and_stories(tmp_path):
     cells = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", page)][1:]
     assert [row[:5] for row in cells] == [
         ["before", "-", "-", "-", "5.00"],
-        ["beta 0.1", "0.1", "9.9", "2", "11.00 (10.00 to 12.00)"],
+        ["beta 0.1", "0.1", "9.9", "2", "11.0 (10.0 to 12.0)"],
         ["beta 10", "10", "990", "1", "4.00"],
     ]
     assert [row[-1] for row in cells] == ["", "learns, varied", "as before"]
@@ -44,7 +44,7 @@ def test_the_page_holds_table_figures_and_stories(tmp_path):
     assert "<mark>tall</mark> <mark>t&lt;ree&gt;</mark> &amp; [b]tried[/b]" in page  # a story is no markup
     assert "http" not in page and "<script" not in page
     markdown = (tmp_path / "report.md").read_text()
-    assert "| beta 0.1 | 0.1 | 9.9 | 2 | 11.00 (10.00 to 12.00) |" in markdown
+    assert "| beta 0.1 | 0.1 | 9.9 | 2 | 11.0 (10.0 to 12.0) |" in markdown
     assert "**tall**" in markdown
 
 
