@@ -275,7 +275,7 @@ def test_the_extended_run_has_the_default_beside_it(tmp_path):
     config = "--config", ROOT / "recipes/extended.yaml"
     said = run(*config, "--print_commands", cwd=tmp_path, recipe="sweep_beta.py").stdout.splitlines()
     assert len(said) == 6 and "fixed_beta.yaml" in said[0]
-    assert "--max_steps 500" in said[0] and "--beta 30 --beta_unit study --seed 0" in said[0]
+    assert "--max_steps 500" in said[0] and "--beta 20 --beta_unit study --seed 0" in said[0]
     assert "fixed_beta" not in said[3] and "--beta " not in said[3] and "--max_steps 600 --seed 0" in said[3]
     done = run(*config, "--beside_config", "no.yaml", cwd=tmp_path, recipe="sweep_beta.py", check=False)
     assert done.returncode == 2 and "error: beside_config: there is no file 'no.yaml'" in done.stderr
