@@ -17,7 +17,7 @@ COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
 HALO = [withStroke(linewidth=3, foreground="white")]  # names stay readable on lines
 WIDE = 60  # nats per sequence, from which on a linear axis shows a collapse and nothing else
 PANELS = (
-    ("reward", "reward (alliterating pairs)", BLUE),
+    ("reward", "reward", BLUE),
     ("kl", "KL to the reference (nats per token)", ORANGE),
     ("beta", "beta (reward per nat)", PURPLE),
     ("entropy", "entropy (nats per token)", GREEN),
@@ -88,7 +88,7 @@ def plot_frontier(frontier: list[dict], runs: list[dict], path: str | Path) -> N
         axis.set_xscale("symlog", linthresh=1)
         axis.set_xlim(left=0)
     axis.set_xlabel("KL to the reference (nats per sequence)")
-    axis.set_ylabel("reward (alliterating pairs)")
+    axis.set_ylabel("reward")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
     axis.set_ylim(bottom=0)
@@ -155,7 +155,7 @@ def plot_runs(groups: dict[str, list[Path]], path: str | Path, target_kl_per_tok
     """
     figure, axes = plt.subplots(3, 1, figsize=(9, 9), sharex=True, layout="constrained")
     panels = (("kl", "KL to the reference (nats per token)"), ("beta", "beta (reward per nat)"))
-    panels += (("reward", "reward (alliterating pairs)"),)
+    panels += (("reward", "reward"),)
     for axis, (name, label) in zip(axes, panels, strict=True):
         ends = []
         for (group, folders), color in zip(groups.items(), cycle(COLORS), strict=False):

@@ -29,7 +29,7 @@ COLUMNS = {
     "entropy_per_token": "entropy",
 }
 PANELS = {  # file: (log entry, label)
-    "reward.png": ("reward", "reward (alliterating pairs)"),
+    "reward.png": ("reward", "reward"),
     "kl.png": ("kl", "KL to the reference (nats per token)"),
     "entropy.png": ("entropy", "entropy (nats per token)"),
     "different.png": ("guard/different_share", "share of different stories in a batch"),
