@@ -138,7 +138,7 @@ def _label_ends(axis, ends: list[tuple[float, float, str, str]], step: float = 0
         axis.annotate(
             name,
             (x, y),
-            xytext=(1.0, height - too_high),
+            xytext=(to_axes.transform((x, y))[0] + 0.045, height - too_high),
             textcoords="axes fraction",
             color=color,
             fontsize=11,
@@ -151,7 +151,8 @@ def _label_ends(axis, ends: list[tuple[float, float, str, str]], step: float = 0
 def plot_runs(groups: dict[str, list[Path]], path: str | Path, target_kl_per_token: float | None = None) -> None:
     """KL per token, beta and reward over generations: a colour a group of run folders, a thin line a seed.
 
-    KL and reward are means of 20 logs. `target_kl_per_token` is drawn with the 20 % on both sides of it.
+    KL and reward are running means over a tenth of the run, 20 logs at most. `target_kl_per_token` is drawn with the
+    20 % on both sides of it.
     """
     figure, axes = plt.subplots(3, 1, figsize=(9, 9), sharex=True, layout="constrained")
     panels = (("kl", "KL to the reference (nats per token)"), ("beta", "beta (reward per nat)"))
@@ -162,7 +163,7 @@ def plot_runs(groups: dict[str, list[Path]], path: str | Path, target_kl_per_tok
             last = []
             for folder in folders:
                 log = [e for e in read_metrics(folder) if e.get(name) is not None and "generations" in e]
-                window = 1 if name == "beta" else min(20, len(log))
+                window = 1 if name == "beta" else min(20, max(1, len(log) // 10))
                 values = [e.get("kl/exact_per_token", e["kl"]) if name == "kl" else e[name] for e in log]
                 sums = [sum(values[i : i + window]) / window for i in range(len(values) - window + 1)]
                 places = [e["generations"] for e in log[window - 1 :]]
@@ -174,7 +175,8 @@ def plot_runs(groups: dict[str, list[Path]], path: str | Path, target_kl_per_tok
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
         if name == "beta":
-            axis.set_yscale("log")
+            ends = [end for end in ends if end[0] > 0]  # there is no 0 on a logarithmic axis
+            axis.set_yscale("log" if ends else "linear")
         else:
             axis.set_ylim(bottom=0)
         if len(groups) > 1:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .alliteration import alliterating_words
-from .figures import plot_frontier, plot_groups, read_run
+from .figures import plot_frontier, plot_groups, plot_runs, read_run
 from .kl import to_study_beta
 from .recipe import one_line_errors
 from .runs import group_of, read_metrics, read_summary
@@ -167,6 +167,9 @@ def write_report(folder: str | Path, frontier_path: str | Path | None = None) ->
             figures.append((name, label))
         else:
             missing.append(f"{label}: not in any log")
+    if groups:
+        plot_runs(groups, folder / "together.png")
+        figures.append(("together.png", "the KL beside the reward"))
     drawable = []
     for group, runs in groups.items():
         try:

@@ -262,7 +262,7 @@ def test_a_sweep_prints_its_commands_and_ends_in_a_report(tmp_path):
     assert not (tmp_path / "out").exists()
     done = run(*options, *SMALL, cwd=tmp_path, recipe="sweep_beta.py")
     page = (tmp_path / "out/report.html").read_text()
-    assert "beta 4" in page and page.count("data:image/png;base64") == 5
+    assert "beta 4" in page and page.count("data:image/png;base64") == 6
     started = (tmp_path / "out/beta_4_seed_1/process.json").read_text()
     run(*options, *SMALL, cwd=tmp_path, recipe="sweep_beta.py")  # finished runs are kept
     assert (tmp_path / "out/beta_4_seed_1/process.json").read_text() == started

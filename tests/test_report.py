@@ -39,7 +39,9 @@ def test_the_page_holds_table_figures_and_stories(tmp_path):
         ["beta 10", "10", "990", "1", "4.00"],
     ]
     assert [row[-1] for row in cells] == ["", "learns, varied", "as before"]
-    assert page.count("data:image/png;base64,") == 4  # reward, KL, entropy, reward over KL: no guard in these logs
+    assert (
+        page.count("data:image/png;base64,") == 5
+    )  # reward, KL, entropy, all three, reward over KL: no guard in these logs
     assert "share of different stories in a batch: not in any log" in page
     assert "<mark>tall</mark> <mark>t&lt;ree&gt;</mark> &amp; [b]tried[/b]" in page  # a story is no markup
     assert "http" not in page and "<script" not in page
@@ -66,7 +68,15 @@ def test_what_is_missing_is_said_and_the_rest_is_drawn(tmp_path):
         "nowhere.json cannot be read",
     ):
         assert words in page
-    assert "good" in page and page.count("data:image/png") == 4
+    assert "good" in page and page.count("data:image/png") == 5
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_without_a_penalty_is_drawn_too(tmp_path):
+    for beta, reward in ((0.0, 90.0), (0.5, 5.0)):
+        a_run(tmp_path, f"beta_{beta}_seed_0", beta, reward)
+    assert write_report(tmp_path).read_text().count("data:image/png") == 5
+    assert write_report(a_run(tmp_path / "alone", "beta_0_seed_0", 0.0, 9.0).parent).is_file()
 
 
 def test_an_empty_folder_is_a_page_and_none_is_an_error(tmp_path):
@@ -115,7 +125,8 @@ def test_a_browser_finds_each_figure_and_story(tmp_path):
         marked = page.eval_on_selector_all("mark", "all => all.map(q => q.innerText)")
         wide = page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
         browser.close()
-    assert drawn == [*(label for _, label in list(PANELS.values())[:3]), "reward over KL per sequence"]
+    labels = [label for _, label in list(PANELS.values())[:3]]
+    assert drawn == [*labels, "the KL beside the reward", "reward over KL per sequence"]
     assert told == ["A tall t<ree> & [b]tried[/b]", "once upon"] * 2
     assert marked == ["tall", "t<ree>"] * 2
     assert set(asked) <= {"file:", "data:"} and not errors
