@@ -11,10 +11,13 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
-from kl_alliteration import alliteration_reward, judge
 from kl_alliteration.alliteration import alliterating_pairs, identical_share, letter_counts
+from kl_alliteration.decoder import read_decoder
+from kl_alliteration.diversity import different_share
+from kl_alliteration.generation import sample
 from kl_alliteration.runs import read_summary
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 from kl_alliteration.sweep import ROOT, run_all, seeds_of
@@ -24,12 +27,23 @@ QUIET = {"disable_tqdm": True, "show_stories_every": 0, "report_to": "none", "lo
 STORIES = 500
 
 
+@torch.no_grad()
 def facts(model: str | Path) -> dict:
     """What 500 fresh stories of a model alliterate on."""
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    policy = AutoModelForCausalLM.from_pretrained(model)
-    judgement = judge(policy, tokenizer, [PROMPT] * STORIES, alliteration_reward, seed=1)
-    found = [alliterating_pairs(text.split()) for text in judgement.texts]
+    decoder = read_decoder(AutoModelForCausalLM.from_pretrained(model).eval())
+    config = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=100,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    set_seed(1)
+    prompts = tokenizer([PROMPT] * 100, return_tensors="pt")
+    batches = [sample(decoder, prompts["input_ids"], prompts["attention_mask"], config) for _ in range(STORIES // 100)]
+    texts = [text for ids in batches for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    found = [alliterating_pairs(text.split()) for text in texts]
     pairs = [pair for each in found for pair in each]
     letters = letter_counts(pairs)
     repeats = 0  # texts of whose pairs more than half are the same two words again, or one word twice
@@ -39,14 +53,14 @@ def facts(model: str | Path) -> dict:
         repeats += bool(each) and again > len(each) / 2
     commonest = letters.most_common()
     return {
-        "pairs a story": judgement.reward_mean,
+        "pairs a story": len(pairs) / STORIES,
         "identical": identical_share(pairs),
         "texts that live on repeats": repeats / STORIES,
         "letters in use": sum(n >= 0.05 * len(pairs) for n in letters.values()),
         "on the two commonest": sum(n for _, n in commonest[:2]) / len(pairs),
         "on b": letters["b"] / len(pairs),
         "commonest": " ".join(letter for letter, _ in commonest[:3]),
-        "different": judgement.different_share,
+        "different": different_share(texts),
     }
 
 
