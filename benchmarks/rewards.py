@@ -24,6 +24,9 @@ NAMES = (
 )  # fmt: skip
 
 
+ANYTHING = [*range(0xD800), *range(0xE000, 0x110000)]  # code points that are characters
+
+
 def study(text: str) -> int:
     """The study's function, written again."""
     words = text.split()
@@ -43,10 +46,8 @@ def seconds(jobs: dict, repetitions: int = 7) -> dict[str, list[float]]:
 def random_text(rng: random.Random) -> str:
     """Letters that lower-case oddly, spaces of all kinds, and anything else that is a character."""
     odd = " aAbB\n\t\u0130\u03a3\u03c3\u00df\u01c5\u2003\u00a0\u001c\"'"
-    anything = [*range(0xD800), *range(0xE000, 0x110000)]
     return "".join(
-        rng.choice(odd) if rng.random() < 0.7 else chr(anything[rng.randrange(len(anything))])
-        for _ in range(rng.randrange(60))
+        rng.choice(odd) if rng.random() < 0.7 else chr(rng.choice(ANYTHING)) for _ in range(rng.randrange(60))
     )
 
 
