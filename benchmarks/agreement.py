@@ -6,13 +6,14 @@ Prints reward and KL per token in each quarter of the run, mean and range over s
 in standard errors; a figure of the curves goes into the runs' folder.
 """
 
-import argparse
 import statistics
 from pathlib import Path
 
+from common import run_groups, runs_parser
+
 from kl_alliteration.figures import plot_groups
 from kl_alliteration.runs import read_metrics
-from kl_alliteration.sweep import ROOT, run_all, seeds_of
+from kl_alliteration.sweep import ROOT, seeds_of
 
 QUIET = {"disable_tqdm": True, "show_stories_every": 0, "report_to": "none", "logging_steps": 1, "max_steps": 60}
 QUIET["config"] = str(ROOT / "recipes/fixed_beta.yaml")
@@ -26,16 +27,10 @@ def quarters(folder: Path, name: str) -> list[float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "agreement")
-    parser.add_argument("--at_a_time", type=int, default=1)
-    args = parser.parse_args()
-    runs = {name: seeds_of(name, QUIET | options, args.seeds) for name, options in VARIANTS.items()}
-    recipe, config = ROOT / "recipes/rloo_tall_tree.py", str(ROOT / "accelerate_configs/cpu.yaml")
-    if run_all([run for group in runs.values() for run in group], recipe, args.folder, config, args.at_a_time):
-        raise SystemExit(1)
-    folders = {name: [args.folder / run.name for run in group] for name, group in runs.items()}
+    args = runs_parser(__doc__, "agreement").parse_args()
+    folders = run_groups(
+        {name: seeds_of(name, QUIET | options, args.seeds) for name, options in VARIANTS.items()}, args
+    )
     print("| | quarter | stock TRL | fast sampling | difference (standard errors) |\n|---|---|---|---|---|")
     for name in ("reward", "kl"):
         found = {variant: [quarters(folder, name) for folder in folders[variant]] for variant in VARIANTS}

@@ -6,22 +6,22 @@
     python benchmarks/hold.py guard         # beta 0, stopped by the guard
 
 Three seeds each. Runs go into runs/hold and are kept: a second call draws what is there and trains the rest. Prints
-Markdown; figures go into --figures. `ahead` draws runs/best_of_n/frontier.json, which recipes/best_of_n.py writes.
+Markdown; figures go into --figures. `ahead` draws the frontier that recipes/best_of_n.py wrote for the embedded model.
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 
 import numpy
+from common import run_groups, runs_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl_alliteration import alliteration_reward, judge
 from kl_alliteration.figures import plot_frontier, plot_runs, read_run
 from kl_alliteration.runs import read_metrics, read_summary
-from kl_alliteration.story_lm import PROMPT
-from kl_alliteration.sweep import ROOT, Run, run_all, seeds_of
+from kl_alliteration.story_lm import MODEL_PATH, PROMPT
+from kl_alliteration.sweep import ROOT, seeds_of
 
 TARGET = 0.15  # nats per token
 WINDOW = 20  # steps of a mean of the KL
@@ -168,28 +168,19 @@ def guard(folder: Path) -> list[str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs_parser(__doc__, "hold")
     parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "hold")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "images")
-    parser.add_argument("--at_a_time", type=int, default=1)
     args = parser.parse_args()
     wanted = dict(EXPERIMENTS[args.experiment])
     if args.experiment == "ahead":
         wanted = EXPERIMENTS["held"] | wanted
-    runs: dict[str, list[Run]] = {
-        name: seeds_of(name.replace(" ", "_"), QUIET | options, args.seeds) for name, options in wanted.items()
-    }
-    recipe, config = ROOT / "recipes/rloo_tall_tree.py", str(ROOT / "accelerate_configs/cpu.yaml")
-    failed = run_all([r for group in runs.values() for r in group], recipe, args.folder, config, args.at_a_time)
-    if failed:
-        raise SystemExit(1)
-    folders = {name: [args.folder / run.name for run in group] for name, group in runs.items()}
+    runs = {name: seeds_of(name.replace(" ", "_"), QUIET | options, args.seeds) for name, options in wanted.items()}
+    folders = run_groups(runs, args)
     if args.experiment == "held":
         table(HELD_COLUMNS, [held(folder) for folder in folders["default"]])
     if args.experiment == "ahead":
-        frontier = json.loads((ROOT / "runs/best_of_n/frontier.json").read_text())["frontier"]
+        frontier = json.loads((MODEL_PATH.parent / "frontier.json").read_text())["frontier"]
         ahead(folders, frontier, args.figures)
     if args.experiment == "guard":
         table(GUARD_COLUMNS, [guard(folder) for folder in folders["beta 0"]])

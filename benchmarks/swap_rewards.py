@@ -6,21 +6,21 @@ The default of rloo_tall_tree, three seeds a reward; 500 fresh stories of each t
 it carries at least 5 % of the pairs. Runs go into runs/swap_rewards and are kept. Prints Markdown.
 """
 
-import argparse
-import statistics
 from collections import Counter
 from pathlib import Path
 
 import torch
+from common import run_groups, runs_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
 from kl_alliteration.alliteration import alliterating_pairs, identical_share, letter_counts
 from kl_alliteration.decoder import read_decoder
 from kl_alliteration.diversity import different_share
 from kl_alliteration.generation import sample
+from kl_alliteration.report import spread
 from kl_alliteration.runs import read_summary
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
-from kl_alliteration.sweep import ROOT, run_all, seeds_of
+from kl_alliteration.sweep import seeds_of
 
 REWARDS = ("alliteration_reward", "distinct_alliteration", "rare_letter_alliteration", "alliteration_on_b")
 QUIET = {"disable_tqdm": True, "show_stories_every": 0, "report_to": "none", "logging_steps": 5}
@@ -64,37 +64,24 @@ def facts(model: str | Path) -> dict:
     }
 
 
-def spread(values: list) -> str:
-    if isinstance(values[0], str):
-        return ", ".join(values)
-    mean = statistics.fmean(values)
-    return f"{mean:.2f}" + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else "")
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "swap_rewards")
-    parser.add_argument("--at_a_time", type=int, default=1)
-    args = parser.parse_args()
+    args = runs_parser(__doc__, "swap_rewards").parse_args()
     runs = {
         name: seeds_of(name, QUIET | {"reward_funcs": f"kl_alliteration.rewards.{name}"}, args.seeds)
         for name in REWARDS
     }
-    recipe, config = ROOT / "recipes/rloo_tall_tree.py", str(ROOT / "accelerate_configs/cpu.yaml")
-    failed = run_all([r for group in runs.values() for r in group], recipe, args.folder, config, args.at_a_time)
-    if failed:
-        raise SystemExit(1)
+    folders = run_groups(runs, args)
     rows = {"before": [facts(MODEL_PATH) | {"KL per sequence": 0.0}]}
-    for name, group in runs.items():
-        folders = [args.folder / run.name for run in group]
+    for name, paths in folders.items():
         rows[name] = [
-            facts(folder) | {"KL per sequence": read_summary(folder)["after"]["kl_per_sequence"]} for folder in folders
+            facts(path) | {"KL per sequence": read_summary(path)["after"]["kl_per_sequence"]} for path in paths
         ]
     columns = list(rows["before"][0])
     print(f"| reward | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for name, found in rows.items():
-        print(f"| {name} | {' | '.join(spread([each[column] for each in found]) for column in columns)} |")
+        cells = [[each[column] for each in found] for column in columns]
+        words = [", ".join(cell) if isinstance(cell[0], str) else spread(cell) for cell in cells]
+        print(f"| {name} | {' | '.join(words)} |")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@
 What stands behind `--` goes to the recipe. Runs that are already in the output folder are not repeated.
 """
 
-import argparse
 import statistics
-from pathlib import Path
+
+from common import run_groups, runs_parser
 
 from kl_alliteration.report import COLUMNS
 from kl_alliteration.runs import read_summary
-from kl_alliteration.sweep import ROOT, Run, run_all
+from kl_alliteration.sweep import ROOT, Run
 
 
 def spread(values: list) -> str:
@@ -22,11 +22,8 @@ def spread(values: list) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs_parser(__doc__, "benchmark")
     parser.add_argument("--betas", nargs="+", default=["default", "0", "0.3", "4"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmark")
-    parser.add_argument("--at_a_time", type=int, default=1)
     parser.add_argument("options", nargs="*", help="more options of the recipe, behind --")
     args = parser.parse_args()
     runs = {}
@@ -34,10 +31,7 @@ def main():
         words = () if beta == "default" else ("--config", str(ROOT / "recipes/fixed_beta.yaml"), "--beta", beta)
         words = (*words, "--show_stories_every", "0", *args.options)
         runs[beta] = [Run(f"beta_{beta}_seed_{seed}", {"seed": seed}, words) for seed in args.seeds]
-    recipe, config = ROOT / "recipes/rloo_tall_tree.py", str(ROOT / "accelerate_configs/cpu.yaml")
-    if run_all([run for group in runs.values() for run in group], recipe, args.folder, config, args.at_a_time):
-        raise SystemExit(1)
-    found = {beta: [read_summary(args.folder / run.name) for run in group] for beta, group in runs.items()}
+    found = {beta: [read_summary(path) for path in paths] for beta, paths in run_groups(runs, args).items()}
     print(f"| beta | {' | '.join(COLUMNS.values())} | seconds |")
     print("|---" * (len(COLUMNS) + 2) + "|")
     cells = [spread([s["before"][name] for s in next(iter(found.values()))]) for name in COLUMNS]

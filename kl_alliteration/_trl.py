@@ -317,7 +317,8 @@ class RolloutSeam:
     def _rewards_without_baseline(self, advantages: torch.Tensor) -> torch.Tensor:
         """REINFORCE's weights, (B,): the rewards less the penalty, where RLOO takes the others' mean away."""
         trainer = self.trainer
-        rewards = last_rewards(trainer)
+        everywhere = len(advantages) * trainer.accelerator.num_processes
+        rewards = last_rewards(trainer)[-everywhere:]  # an evaluation's batch may be smaller than what is kept
         if trainer.reward_clip_range:
             rewards = rewards.clamp(*trainer.reward_clip_range)
         start = trainer.accelerator.process_index * len(advantages)
@@ -325,7 +326,10 @@ class RolloutSeam:
         if trainer.beta != 0:
             rewards = rewards - trainer.beta * self.last_penalty
         rewards = rewards.nan_to_num(nan=0.0)
-        trainer._logs["advantages"].extend(trainer.accelerator.gather(rewards).tolist())
+        logged = trainer._logs["advantages"]
+        for _ in range(everywhere):
+            logged.pop()
+        logged.extend(trainer.accelerator.gather(rewards).tolist())
         return rewards
 
     def _restore_kl_metric(self, rollout: Rollout) -> None:

@@ -130,7 +130,11 @@ def order_of_rewards(groups: dict[str, list[Path]]) -> float | None:
     }
     if len(means) < 3:
         return None
-    ranks = [[sorted(values).index(v) for v in values] for values in (list(means), list(means.values()))]
+    # Equal values share the mean of their ranks.
+    ranks = [
+        [sum(w < v for w in values) + sum(w == v for w in values) / 2 for v in values]
+        for values in (list(means), list(means.values()))
+    ]
     return statistics.correlation(*ranks) if len(set(ranks[1])) > 1 else None
 
 

@@ -18,16 +18,19 @@ torch.set_num_threads(1)  # tiny models: a second thread costs more than it give
 WORDS = "<eos> <pad> <unk> once upon a time there was tall tree that tried to touch the top of sky and fox".split()
 
 
+def word_tokenizer(words: list[str], unk_token: str = "<eos>", pad_token: str = "<eos>") -> PreTrainedTokenizerFast:
+    """One token a word, split on spaces; the first word is `<eos>`."""
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=unk_token))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": "<eos>", "pad_token": pad_token, "unk_token": unk_token, "padding_side": "left"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Folder of a random 2-layer Llama whose 22-word tokenizer splits on spaces."""
     folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", padding_side="left"
-    )
-    fast.save_pretrained(folder)
+    word_tokenizer(WORDS, unk_token="<unk>", pad_token="<pad>").save_pretrained(folder)
     set_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS),

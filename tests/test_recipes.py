@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -220,8 +221,16 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--kl_budget_per_token", "much"], "invalid float_or_none value: 'much'"),
     ],
 )
-def test_refusals(tmp_path, options, says):
-    assert says in refusal(*options, cwd=tmp_path)
+def test_refusals(tmp_path, monkeypatch, capsys, options, says):
+    """In this process, for there are many; `test_refusals_of_files` and others see the process that a person sees."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rloo_tall_tree.py", "--output_dir", "out", *map(str, options)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "recipes/rloo_tall_tree.py"), run_name="__main__")
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert says in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_refusals_of_files(tmp_path):

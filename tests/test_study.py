@@ -4,8 +4,8 @@ import importlib.util
 from itertools import pairwise
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFast, set_seed
+from conftest import word_tokenizer
+from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, set_seed
 from trl import ModelConfig, RLOOConfig
 
 from kl_alliteration.recipe import RecipeParser, StoryArguments, parse_recipe
@@ -17,9 +17,7 @@ FASTER = 300  # both learning rates: in float32 an update of 1e-8 cannot be told
 
 def tiny_gpt_neo(folder):
     words = ["<eos>", "once", "upon", "a", "time", *(f"{letter}{i}" for letter in "stwb" for i in range(24))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    word_tokenizer(words).save_pretrained(folder)
     set_seed(0)
     config = GPTNeoConfig(
         vocab_size=len(words),
