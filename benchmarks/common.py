@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, ProgressCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoConfig, PrinterCallback, ProgressCallback
 from transformers.utils import logging
 from trl import RLOOConfig, RLOOTrainer
 
@@ -18,7 +18,7 @@ from kl_alliteration.sweep import ROOT, Run, run_all
 TOKENS = 100
 
 
-def make_trainer(folder: str = str(MODEL_PATH), **options) -> RLOOTrainer:
+def make_trainer(folder: str = str(MODEL_PATH), peft_config=None, **options) -> RLOOTrainer:
     """A stock trainer on the recipe's task, groups of 10, silent; `options` are RLOOConfig's."""
     defaults = {
         "output_dir": tempfile.mkdtemp(),
@@ -37,10 +37,33 @@ def make_trainer(folder: str = str(MODEL_PATH), **options) -> RLOOTrainer:
         reward_funcs=alliteration_reward,
         args=RLOOConfig(**defaults | options),
         train_dataset=Dataset.from_dict({"prompt": [PROMPT] * 10_000}),
+        peft_config=peft_config,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
+
+
+def model_folder(name: str) -> str:
+    """`embedded`, or a random model of the shape of TinyStories-33M, with the embedded model's tokenizer."""
+    if name == "embedded":
+        return str(MODEL_PATH)
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=50_257,
+        hidden_size=768,
+        num_layers=4,
+        num_heads=16,
+        attention_types=[[["global", "local"], 2]],
+        max_position_embeddings=2048,
+        window_size=256,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    folder = tempfile.mkdtemp()
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL_PATH).save_pretrained(folder)
+    return folder
 
 
 def quiet() -> None:

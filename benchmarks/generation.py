@@ -17,16 +17,15 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 
 import torch
-from common import TOKENS, device, make_trainer, quiet
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPTNeoConfig, LlamaConfig
+from common import TOKENS, device, make_trainer, model_folder, quiet
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
 from kl_alliteration import alliteration_reward, generation, use_fast_sampling
 from kl_alliteration.decoder import read_decoder
-from kl_alliteration.story_lm import MODEL_PATH, PROMPT
+from kl_alliteration.story_lm import PROMPT
 
 VARIANTS = {  # and what each asks of `use_fast_sampling`
     "study": None,
@@ -35,27 +34,6 @@ VARIANTS = {  # and what each asks of `use_fast_sampling`
     "+ one forward": {"keep_memory": False},
     "+ memory kept": {},
 }
-
-
-def model_folder(name: str) -> str:
-    if name == "embedded":
-        return str(MODEL_PATH)
-    torch.manual_seed(0)
-    config = GPTNeoConfig(
-        vocab_size=50_257,
-        hidden_size=768,
-        num_layers=4,
-        num_heads=16,
-        attention_types=[[["global", "local"], 2]],
-        max_position_embeddings=2048,
-        window_size=256,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    folder = tempfile.mkdtemp()
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(MODEL_PATH).save_pretrained(folder)
-    return folder
 
 
 def study_step(policy, reference, tokenizer, optimizer, group: int) -> None:

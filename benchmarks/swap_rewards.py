@@ -2,8 +2,9 @@
 
     python benchmarks/swap_rewards.py --at_a_time 2
 
-The default of rloo_tall_tree, three seeds a reward; 500 fresh stories of each trained model. A letter is in use where
-it carries at least 5 % of the pairs. Runs go into runs/swap_rewards and are kept. Prints Markdown.
+The default of rloo_tall_tree for 240 steps, by when every reward has spent the budget; three seeds a reward, 500 fresh
+stories of each trained model. A letter is in use where it carries at least 5 % of the pairs. Runs go into
+runs/swap_rewards and are kept. Prints Markdown.
 """
 
 from collections import Counter
@@ -23,7 +24,7 @@ from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 from kl_alliteration.sweep import seeds_of
 
 REWARDS = ("alliteration_reward", "distinct_alliteration", "rare_letter_alliteration", "alliteration_on_b")
-QUIET = {"disable_tqdm": True, "show_stories_every": 0, "report_to": "none", "logging_steps": 5}
+OPTIONS = {"max_steps": 240, "disable_tqdm": True, "show_stories_every": 0, "report_to": "none", "logging_steps": 5}
 STORIES = 500
 
 
@@ -67,7 +68,7 @@ def facts(model: str | Path) -> dict:
 def main():
     args = runs_parser(__doc__, "swap_rewards").parse_args()
     runs = {
-        name: seeds_of(name, QUIET | {"reward_funcs": f"kl_alliteration.rewards.{name}"}, args.seeds)
+        name: seeds_of(name, OPTIONS | {"reward_funcs": f"kl_alliteration.rewards.{name}"}, args.seeds)
         for name in REWARDS
     }
     folders = run_groups(runs, args)

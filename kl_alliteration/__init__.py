@@ -1,5 +1,12 @@
 """The KL penalty as an instrument, for TRL's stock RLOO trainer."""
 
+from .adapters import (
+    MovingAverageReferenceCallback,
+    ReferenceCallback,
+    ResetReferenceCallback,
+    default_lora_config,
+    load_adapter,
+)
 from .callbacks import (
     KLControlCallback,
     KLMonitorCallback,
@@ -23,10 +30,15 @@ __all__ = [
     "KLMonitorCallback",
     "KLPenaltyCallback",
     "MetricsFileCallback",
+    "MovingAverageReferenceCallback",
+    "ReferenceCallback",
+    "ResetReferenceCallback",
     "StoryProgressCallback",
     "StoryTableCallback",
     "alliteration_reward",
+    "default_lora_config",
     "judge",
+    "load_adapter",
     "plot_curves",
     "use_fast_sampling",
 ]

@@ -69,6 +69,7 @@ class Rollout:
     hidden: HiddenStates | None = None
     known: dict = field(default_factory=dict)  # full-vocabulary estimates that were asked for already
     graphs: dict | None = None  # and the same with their graph, where the loss will ask again
+    base_logps: torch.Tensor | None = None  # of the base, adapter off, where the reference is another adapter
 
     @property
     def ref_log_ratio(self) -> torch.Tensor:
@@ -123,6 +124,7 @@ class RolloutSeam:
         self.budget_per_token: float | None = None
         self.baseline = True
         self.reference_at_beta_zero = False
+        self.score_base = False  # score with the adapter off too; the model has one
         self._one_forward = False
         self._kept: tuple | None = None  # (logps, entropies, states, head) with their graph, for the loss to come
         self._kept_estimates: dict = {}  # and the full-vocabulary estimates that were made of them
@@ -237,8 +239,8 @@ class RolloutSeam:
             logps = logps.detach()
         self._scored.append((logps, states, head))
         if len(self._scored) == 1 and self.trainer.beta == 0 and self.reference_at_beta_zero:
-            reference = self._score_reference(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-            self._finish_rollout(input_ids, attention_mask, reference)
+            found = self._score_reference(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+            self._finish_rollout(input_ids, attention_mask, found)
         if len(self._scored) == 2:
             self._finish_rollout(input_ids, attention_mask, found)
             if self.reward_penalty is None:
@@ -249,6 +251,10 @@ class RolloutSeam:
                 # Log-probabilities whose masked difference to the policy's is the penalty: all of it on one token.
                 logps = self._rollout.logps.clone()
                 logps[:, 0] -= self.last_penalty
+        if self.score_base and self._rollout is not None:
+            with use_adapter(self.trainer.accelerator.unwrap_model(model), adapter_name=None):
+                base_logps = self._get_logps(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)[0]
+            self._rollout = replace(self._rollout, base_logps=base_logps)
         return logps, *rest
 
     def compute_loss(self, model, inputs):
@@ -341,6 +347,10 @@ class RolloutSeam:
         sums = torch.stack([(values * mask).sum(), mask.sum().float()])
         total, count = self.trainer.accelerator.reduce(sums, reduction="sum")
         return (total / count.clamp(min=1)).item()
+
+    def mean_per_sequence(self, values: torch.Tensor, mask: torch.Tensor) -> float:
+        """Mean over the completions of all processes of what (B, T) values sum to under the mask."""
+        return self.trainer.accelerator.gather((values * mask).sum(-1)).mean().item()
 
     @property
     def metrics(self) -> dict[str, list[float]]:

@@ -1,28 +1,50 @@
 """What the recipes share: options and their errors, rewards by dotted path, prompts."""
 
+import copy
 import difflib
 import importlib
 import inspect
 import math
 import os
 import re
+import shlex
+import shutil
 import sys
 from dataclasses import dataclass, field
 from functools import wraps
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import yaml
 from datasets import Dataset, load_dataset
+from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer
 from transformers.integrations import is_tensorboard_available
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import ScriptArguments, TrlParser
+from trl import ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from . import control, kl, reward_model  # noqa: F401  (reward_model: to register it)
 from ._trl import UnknownTRLError, rollout_seam
+from .adapters import (
+    REFERENCE,
+    MovingAverageReferenceCallback,
+    ReferenceCallback,
+    ResetReferenceCallback,
+    base_of,
+    check_targets,
+    check_trains,
+    load_adapter,
+    merge,
+    name_base,
+    save_stacked,
+)
 from .callbacks import KLControlCallback, KLMonitorCallback, KLPenaltyCallback
+from .evaluation import Judgement
 from .generation import use_fast_sampling
 from .guard import CollapseGuardCallback
+from .hub import check_hub, push, write_card
+from .runs import last_checkpoint
 from .story_lm import MODEL_PATH, PROMPT
 
 # TinyStories-33M was trained with this tokenizer and ships none (its model card says so).
@@ -39,6 +61,8 @@ CONTROLLERS = {
 }
 BASELINES = ("leave_one_out", "none")
 GUARDS = ("off", *CollapseGuardCallback.ACTIONS)
+LAST = "last"  # of --resume_from_checkpoint
+REFERENCES = ("start", "base", "moving_average", "reset")
 
 
 @dataclass
@@ -103,6 +127,26 @@ class StoryArguments(ScriptArguments):
     target_kl_per_token: float | None = field(
         default=None, metadata={"help": "What the rule holds, in nats per token as TRL's `kl` is."}
     )
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "An adapter, folder or Hub id, to go on training; with --use_peft a new one is stacked on it."
+        },
+    )
+    kl_reference: str = field(
+        default="start",
+        metadata={
+            "help": "What the KL of an adapter is measured from: `start`, the model one starts from; `base`, adapter "
+            "off; `moving_average` (--ref_model_mixup_alpha, --ref_model_sync_steps); `reset` to the policy every "
+            "--ref_model_sync_steps, or beyond --reset_at_kl."
+        },
+    )
+    reset_at_kl: float | None = field(
+        default=None, metadata={"help": "KL per sequence, in nats, beyond which kl_reference `reset` resets."}
+    )
+    reset_optimizer: bool = field(
+        default=False, metadata={"help": "At a reset of the reference forget the optimizer's moments too."}
+    )
     collapse_guard: str = field(
         default="warn",
         metadata={
@@ -133,6 +177,8 @@ class RecipeParser(TrlParser):
         for action in self._actions:
             if action.dest in ("kl_budget_per_token", "target_kl_per_token"):
                 action.type = float_or_none
+        # All linear layers but the head, by PEFT's own finding; dropout would act in sampling and in every score.
+        self.set_defaults(lora_target_modules=["all-linear"], lora_dropout=0.0)
 
     def parse(self, args: list[str] | None = None):
         args = list(sys.argv[1:] if args is None else args)
@@ -146,6 +192,7 @@ class RecipeParser(TrlParser):
         # bf16 where the GPU has it, else float32; RLOOConfig alone says bf16 everywhere and then refuses on a CPU.
         on_cpu = "--use_cpu" in args or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
         self.set_defaults(bf16=not on_cpu and "--fp16" not in args and is_torch_bf16_gpu_available())
+        stock = {a.dest: a.default for a in reversed(self._actions)}  # the first one's counts; --no_x comes later
         *parsed, unknown = self.parse_args_and_config(args, return_remaining_strings=True)
         for option in unknown:
             name = option.split("=")[0]
@@ -156,7 +203,13 @@ class RecipeParser(TrlParser):
                 raise ValueError(f"unknown option {name}; {remedy}")
         if unknown:
             raise ValueError(f"unexpected argument {unknown[0]!r}; options start with --")
+        # Before the dataclasses derive more from them: what is given, in a file or on the command line.
+        self.given = {k: v for k, v in vars(self.namespace).items() if v != stock[k]}
         return parsed
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.namespace, rest = super().parse_known_args(args, namespace)
+        return copy.copy(self.namespace), rest
 
     def error(self, message):
         raise ValueError(message)
@@ -221,16 +274,30 @@ def check_options(args: StoryArguments, training_args, model_args) -> None:
     rewards = len(args.reward_funcs) + bool(args.reward_model_name_or_path)
     if training_args.reward_weights is not None and len(training_args.reward_weights) != rewards:
         raise ValueError(f"reward_weights must be {rewards}, one a reward, got {len(training_args.reward_weights)}")
+    check_adapter_options(args, training_args, model_args)
     if training_args.push_to_hub:
-        from huggingface_hub import whoami
+        check_hub(training_args)
 
-        try:
-            whoami(token=training_args.hub_token)
-        except Exception as error:
-            raise ValueError(
-                f"push_to_hub: no valid login at the Hub ({type(error).__name__}); run `hf auth login`, "
-                "or leave the option out"
-            ) from None
+
+def check_adapter_options(args: StoryArguments, training_args, model_args) -> None:
+    kl.check_choice("kl_reference", args.kl_reference, REFERENCES)
+    adapted = model_args.use_peft or args.adapter_name_or_path
+    if model_args.use_peft:
+        check_targets(model_args.lora_target_modules, model_args.lora_modules_to_save)
+    if args.kl_reference != "start" and not adapted:
+        raise ValueError(f"kl_reference {args.kl_reference!r} needs an adapter: --use_peft or --adapter_name_or_path")
+    if args.kl_reference == "base" and model_args.use_peft and args.adapter_name_or_path:
+        raise ValueError("kl_reference 'base': under a stack the base is gone, the first adapter is merged into it")
+    if (args.reset_at_kl is not None or args.reset_optimizer) and args.kl_reference != "reset":
+        raise ValueError("reset_at_kl and reset_optimizer need --kl_reference reset")
+    if args.reset_at_kl is not None and not args.reset_at_kl > 0:
+        raise ValueError(f"reset_at_kl must be > 0, got {args.reset_at_kl}")
+    if args.kl_reference == "moving_average" and not 0 < training_args.ref_model_mixup_alpha <= 1:
+        raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {training_args.ref_model_mixup_alpha}")
+    if args.kl_reference in ("moving_average", "reset") and training_args.ref_model_sync_steps < 1:
+        raise ValueError(f"ref_model_sync_steps must be >= 1, got {training_args.ref_model_sync_steps}")
+    if training_args.sync_ref_model and adapted:
+        raise ValueError("sync_ref_model is for whole models; with an adapter it is --kl_reference moving_average")
 
 
 def check_model_path(name: str, path: str) -> None:
@@ -250,6 +317,33 @@ def load_tokenizer(args: StoryArguments, model_args, training_args):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_policy(args: StoryArguments, training_args, model_args) -> dict:
+    """What `RLOOTrainer` takes as the model: by name, an adapter to go on with, or one merged below a new one."""
+    model_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    peft_config, quantization = get_peft_config(model_args), get_quantization_config(model_args)
+    if not args.adapter_name_or_path:
+        training_args.model_init_kwargs = model_kwargs
+        name = model_args.model_name_or_path
+        return {"model": name, "peft_config": peft_config, "quantization_config": quantization}
+    training_args.model_init_kwargs = None  # TRL's; the model is loaded here
+    if model_kwargs["revision"] == "main":
+        model_kwargs["revision"] = None  # the adapter's
+    model = load_adapter(
+        args.adapter_name_or_path,
+        base=model_args.model_name_or_path,
+        is_trainable=peft_config is None,
+        trust_remote_code=training_args.trust_remote_code,
+        quantization_config=quantization,
+        **model_kwargs,
+    )
+    return {"model": model if peft_config is None else merge(model), "peft_config": peft_config}
 
 
 def load_prompts(args: StoryArguments, prompts_per_batch: int) -> Dataset:
@@ -321,7 +415,11 @@ def load_rewards(paths: list[str], model: str | None = None) -> list:
 def parse_recipe(parser: RecipeParser, argv: list[str] | None = None):
     """`(StoryArguments, RLOOConfig, ModelConfig)` of a recipe, with the embedded model and this device's precision."""
     args, training_args, model_args = parser.parse(argv)
-    model_args.model_name_or_path = model_args.model_name_or_path or str(MODEL_PATH)
+    adapter = args.adapter_name_or_path
+    if adapter:
+        check_model_path("adapter_name_or_path", adapter)
+    if not model_args.model_name_or_path:
+        model_args.model_name_or_path = base_of(PeftConfig.from_pretrained(adapter)) if adapter else str(MODEL_PATH)
     if args.beta_unit == "study":
         training_args.beta = kl.study_beta(training_args.beta)
     if "tensorboard" in training_args.report_to and not is_tensorboard_available():
@@ -362,7 +460,18 @@ def total_reward(trainer):
 
 
 def add_instruments(trainer, args: StoryArguments) -> None:
-    """The penalty, the sampler, the monitor, the rule and the guard that a recipe's options ask for."""
+    """The reference, the penalty, the sampler, the monitor, the rule and the guard that a recipe's options ask for."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, PeftModel):
+        check_trains(model)
+        name_base(model)
+    steps = trainer.args.ref_model_sync_steps
+    if args.kl_reference == "moving_average":
+        trainer.add_callback(MovingAverageReferenceCallback(trainer, trainer.args.ref_model_mixup_alpha, steps))
+    elif args.kl_reference == "reset":
+        trainer.add_callback(ResetReferenceCallback(trainer, steps, args.reset_at_kl, args.reset_optimizer))
+    elif args.adapter_name_or_path and isinstance(model, PeftModel) and REFERENCE in model.peft_config:
+        trainer.add_callback(ReferenceCallback(trainer, args.kl_reference))
     trainer.add_callback(
         KLPenaltyCallback(
             trainer,
@@ -392,5 +501,58 @@ def run_training(trainer) -> dict:
     """Train, resumed where the options say so, and under the guard where it may go back; what the guard saw."""
     guards = [c for c in trainer.callback_handler.callbacks if isinstance(c, CollapseGuardCallback)]
     train = guards[0].train if guards else trainer.train
-    train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    checkpoint = trainer.args.resume_from_checkpoint
+    if checkpoint == LAST:
+        checkpoint = last_checkpoint(trainer.args.output_dir)
+        if trainer.is_world_process_zero():
+            print(
+                f"Resuming from {checkpoint}" if checkpoint else "No complete checkpoint: starting from the beginning"
+            )
+    train(resume_from_checkpoint=checkpoint)
     return {"collapse": guards[0].collapse, "last_good_checkpoint": guards[0].last_good} if guards else {}
+
+
+def save_final(trainer, below: str | None = None) -> None:
+    """The model or adapter into the output directory, each file at once: a killed run leaves the old one or the new.
+
+    A reference adapter stays behind; it is in the checkpoints, where a resumed run needs it. An adapter that was
+    trained on top of another, `below`, is saved as the sum of both.
+    """
+    folder = Path(trainer.args.output_dir)
+    unfinished = folder / "_unfinished"
+    trainer.save_model(str(unfinished), _internal_call=True)  # else it would push at once
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        if below is not None:
+            save_stacked(below, str(unfinished), str(unfinished))
+        for path in unfinished.iterdir():
+            if path.is_file():
+                path.replace(folder / path.name)
+        shutil.rmtree(unfinished)
+
+
+def push_run(trainer, args: StoryArguments, before: Judgement, after: Judgement) -> bool:
+    """Write the card and push, from the main process; whether the model on the Hub is the one in memory."""
+    if not trainer.is_world_process_zero():
+        return True
+    place = "reward and loss" if args.kl_placement == "both" else args.kl_placement
+    penalty = f"{args.kl_estimator} in the {place}, beta {trainer.beta:g} per nat of the "
+    penalty += "sequence" if args.kl_reduction == "sum" else "token"
+    if args.kl_budget_per_token:
+        penalty += f" beyond a budget of {args.kl_budget_per_token:g} nats per token"
+    if args.kl_controller != "fixed":
+        penalty += f", moved by `{args.kl_controller}` to hold {args.target_kl_per_token:g} nats per token"
+    folder = Path(trainer.args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    write_card(folder, trainer.hub_model_id, model, penalty, trainer.reward_func_names, before, after)
+    return push(trainer, folder)
+
+
+def write_recipe(path: Path, parser: RecipeParser) -> None:
+    """The options that were given as a YAML for `--config`, under the command that was run."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    words = ["***" if before == "--hub_token" else word for before, word in zip(["", *words], words, strict=False)]
+    options = {name: value for name, value in parser.given.items() if name != "hub_token"}
+    text = f"# accelerate launch recipes/{shlex.join(words)}\n# kl_alliteration {version('kl_alliteration')}, "
+    text += f"trl {version('trl')}, transformers {version('transformers')}, torch {version('torch')}\n"
+    path.write_text(text + yaml.safe_dump(options, sort_keys=False), encoding="utf-8")

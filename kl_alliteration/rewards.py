@@ -188,7 +188,8 @@ pair_saturating_alliteration = AlliterationReward("pair_saturating_alliteration"
 def __getattr__(name: str):
     """Rewards that are made when they are asked for: one letter's, the rare letters', the sounds'."""
     if name == "rare_letter_alliteration":
-        return AlliterationReward(name, letter_weights=rare_letter_weights(letter_shares()))
+        # Saturating too: a sum that only grows with a letter's pairs is best spent on one letter.
+        return AlliterationReward(name, letter_weights=rare_letter_weights(letter_shares()), saturate="letter")
     if name == "phonetic_alliteration":
         return AlliterationReward(name, phonetic=True)
     for prefix, kind in (

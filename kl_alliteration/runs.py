@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, read back: `metrics.jsonl`, `summary.json`."""
+"""What a run leaves in its folder, read back: checkpoints, `metrics.jsonl`, `summary.json`."""
 
 import json
 import re
@@ -31,3 +31,19 @@ def read_metrics(folder: Path) -> list[dict]:
         except ValueError:
             break
     return entries
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint in a folder, `None` where there is none.
+
+    The trainer writes `trainer_state.json` last, so a checkpoint whose state cannot be read was cut off.
+    `transformers.trainer_utils.get_last_checkpoint` takes the highest number, complete or not.
+    """
+    folders = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    for checkpoint in folders:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(checkpoint)
+    return None

@@ -19,11 +19,10 @@ import psutil
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from .report import write_report
-from .runs import read_metrics, read_summary
+from .runs import last_checkpoint, read_metrics, read_summary
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,7 +52,7 @@ def launch_command(run: Run, recipe: Path, folder: Path, launch_config: str, thr
     if threads:
         command += ["--num_cpu_threads_per_process", str(threads)]
     command += [str(recipe), *run.asked, "--output_dir", str(folder / run.name)]
-    checkpoint = get_last_checkpoint(folder / run.name) if (folder / run.name).is_dir() else None
+    checkpoint = last_checkpoint(folder / run.name)
     return command + (["--resume_from_checkpoint", checkpoint] if checkpoint else [])
 
 

@@ -10,6 +10,7 @@ takes another file. Into the output directory go the model or adapter, `curves.p
 """
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import ProgressCallback
-from trl import ModelConfig, RLOOConfig, RLOOTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, RLOOConfig, RLOOTrainer
 from trl.data_utils import maybe_apply_chat_template
 
 from kl_alliteration import (
@@ -33,31 +34,27 @@ from kl_alliteration.recipe import (
     StoryArguments,
     add_instruments,
     check_options,
+    load_policy,
     load_prompts,
     load_rewards,
     load_tokenizer,
     one_line_errors,
     parse_recipe,
+    push_run,
     run_training,
+    save_final,
     total_reward,
+    write_recipe,
 )
 
 
 def build_trainer(args: StoryArguments, training_args: RLOOConfig, model_args: ModelConfig) -> RLOOTrainer:
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
     trainer = RLOOTrainer(
-        model=model_args.model_name_or_path,
+        **load_policy(args, training_args, model_args),
         reward_funcs=load_rewards(args.reward_funcs, args.reward_model_name_or_path),
         args=training_args,
         train_dataset=load_prompts(args, training_args.generation_batch_size // training_args.num_generations),
         processing_class=load_tokenizer(args, model_args, training_args),
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
     )
     add_instruments(trainer, args)
     trainer.add_callback(MetricsFileCallback(trainer, Path(training_args.output_dir, "metrics.jsonl")))
@@ -82,7 +79,7 @@ def judge_policy(trainer: RLOOTrainer, args: StoryArguments, model_args: ModelCo
         max_new_tokens=trainer.args.max_completion_length,
         temperature=trainer.args.temperature,
         ref_model=trainer.ref_model,
-        adapter_off_is_reference=model_args.use_peft,
+        adapter_off_is_reference=bool(model_args.use_peft or args.adapter_name_or_path),
     )
 
 
@@ -119,7 +116,7 @@ def main():
     after = judge_policy(trainer, args, model_args)
 
     folder = Path(training_args.output_dir)
-    trainer.save_model(training_args.output_dir)
+    save_final(trainer, below=args.adapter_name_or_path if model_args.use_peft else None)
     if trainer.is_world_process_zero():
         show(before, after, folder)
         title = f"{Path(model_args.model_name_or_path).name}: beta {training_args.beta:g}, {args.kl_estimator}"
@@ -128,10 +125,12 @@ def main():
         summary = {"before": before.numbers(), "after": after.numbers(), "stories": after.texts[:5]}
         summary |= guarded | {"seconds": round(time.time() - start, 1)}
         Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_recipe(folder / "recipe.yaml", parser)
         print(f"{summary['seconds']:.0f} s. Model, curves.png, stories.md, metrics.jsonl, summary.json: {folder}")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=args.dataset_name)
+    pushed = not training_args.push_to_hub or push_run(trainer, args, before, after)
     trainer.end()
+    if not pushed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,14 @@ python recipes/tell_stories.py --model_name_or_path user/adapter --stories 5 --p
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from huggingface_hub import file_exists
-from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from kl_alliteration import alliteration_reward, judge
+from kl_alliteration.adapters import is_adapter, load_adapter
 from kl_alliteration.alliteration import alliterating_words
 from kl_alliteration.recipe import check_model_path, one_line_errors
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
@@ -23,6 +21,9 @@ from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 @dataclass
 class Arguments:
     model_name_or_path: str = field(default=str(MODEL_PATH), metadata={"help": "Model or adapter, folder or Hub id."})
+    base_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "An adapter's base, where it is not the one that it names."}
+    )
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer, where it is not the model's own."}
     )
@@ -31,12 +32,6 @@ class Arguments:
     max_new_tokens: int = field(default=100, metadata={"help": "Tokens after the prompt."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampling."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
-
-
-def is_adapter(name: str) -> bool:
-    if Path(name).is_dir():
-        return Path(name, "adapter_config.json").is_file()
-    return file_exists(name, "adapter_config.json")
 
 
 def marked(text: str) -> Text:
@@ -54,7 +49,7 @@ def main():
     name = args.model_name_or_path
     check_model_path("model_name_or_path", name)
     adapter = is_adapter(name)
-    model = (AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM).from_pretrained(name)
+    model = load_adapter(name, args.base_model_name_or_path) if adapter else AutoModelForCausalLM.from_pretrained(name)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or name, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

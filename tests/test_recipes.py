@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kl_alliteration.adapters import load_adapter
 from kl_alliteration.reward_model import AlliterationRewardModel
 from kl_alliteration.story_lm import MODEL_PATH
 from kl_alliteration.sweep import end_orphan
@@ -82,6 +83,42 @@ def test_peft_saves_a_small_adapter_whose_off_is_the_base(tmp_path):
     assert json.loads((out / "summary.json").read_text())["after"]["kl_per_sequence"] is not None
     told = run("--model_name_or_path", "./out", "--stories", "2", cwd=tmp_path, recipe="tell_stories.py").stdout
     assert "adapter on: " in told and "adapter off: " in told and told.count("Once upon") == 4
+
+
+def test_an_adapter_goes_on_is_stacked_and_merged(tmp_path):
+    """Each later run starts where the one before ended, and every folder loads on the base alone."""
+    rate = "--learning_rate", "1e-2"
+    saves = "--save_strategy", "steps", "--save_steps", "1"
+    run("--output_dir", "first", "--use_peft", "--lora_r", "4", *rate, *SMALL, cwd=tmp_path)
+    modes = "--kl_reference", "reset", "--ref_model_sync_steps", "1"
+    run("--output_dir", "more", "--adapter_name_or_path", "./first", *modes, *saves, *rate, *SMALL, cwd=tmp_path)
+    run("--output_dir", "two", "--adapter_name_or_path", "./first", "--use_peft", *rate, *SMALL, cwd=tmp_path)
+
+    def entries(name):
+        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    assert [entry["kl/reference_resets"] for entry in entries("more")[:2]] == [1, 1]
+    assert entries("more")[1]["kl"] == 0 and abs(entries("more")[1]["kl/base_per_token"]) > 1e-3
+    assert (tmp_path / "more/checkpoint-2/ref/adapter_model.safetensors").exists()
+    assert not (tmp_path / "more/ref").exists() and not (tmp_path / "more/_unfinished").exists()
+    configs = {n: json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in ("first", "more", "two")}
+    assert [configs[name]["r"] for name in configs] == [4, 4, 20]  # the stack: 4 and the default's 16 side by side
+    assert {each["base_model_name_or_path"] for each in configs.values()} == {"kl_alliteration/story_lm/model"}
+    summary = json.loads((tmp_path / "two/summary.json").read_text())
+    assert summary["before"]["kl_per_sequence"] == pytest.approx(0, abs=1e-3)  # to the base and the first adapter
+
+    again = run("--output_dir", "more", *("--adapter_name_or_path", "./first"), *modes, *saves, *rate, *SMALL,
+                "--max_steps", "3", "--resume_from_checkpoint", "last", cwd=tmp_path)  # fmt: skip
+    assert "Resuming from more/checkpoint-2" in again.stdout and len(entries("more")) >= 3
+
+    told = run("--adapter_name_or_path", "./two", "--output_dir", "m", cwd=tmp_path, recipe="merge_adapter.py").stdout
+    assert "log-probabilities agree" in told
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    ids = AutoTokenizer.from_pretrained(tmp_path / "m")("Once upon a time there was", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            merged(ids).logits, load_adapter(str(tmp_path / "two")).eval()(ids).logits, atol=1e-3, rtol=0
+        )
 
 
 def test_beta_zero_loads_no_reference_and_says_so(tmp_path):
@@ -217,6 +254,13 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--reward_funcs", "plain"], "reward_funcs: 'plain' is no dotted path"),
         (["--eval_stories", "0"], "eval_stories must be >= 1, got 0"),
         (["--push_to_hub"], "push_to_hub: no valid login at the Hub"),
+        (["--use_peft", "--lora_target_modules", "q_proj", "lm_head"], "the adapter must not hold lm_head: TRL reads"),
+        (["--kl_reference", "base"], "kl_reference 'base' needs an adapter: --use_peft or --adapter_name_or_path"),
+        (["--use_peft", "--kl_reference", "policy"], "kl_reference must be one of start, base, moving_average, reset"),
+        (["--use_peft", "--reset_at_kl", "3"], "reset_at_kl and reset_optimizer need --kl_reference reset"),
+        (["--use_peft", "--kl_reference", "reset", "--reset_at_kl", "0"], "reset_at_kl must be > 0, got 0.0"),
+        (["--use_peft", "--sync_ref_model"], "with an adapter it is --kl_reference moving_average"),
+        (["--adapter_name_or_path", "./nowhere"], "adapter_name_or_path: there is no folder './nowhere'"),
         (["--num_generations", "many"], "invalid int value: 'many'"),
         (["--kl_budget_per_token", "much"], "invalid float_or_none value: 'much'"),
     ],

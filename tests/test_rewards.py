@@ -89,6 +89,7 @@ def test_rare_letters():
     assert len(shares) == 26 and sum(shares.values()) == pytest.approx(1, abs=1e-3)
     rare = rewards.rare_letter_alliteration
     assert rare.score("tall tree") == pytest.approx(1 / (26 * shares["t"]))
+    assert rare.score("tall tree took") == pytest.approx(1.5 / (26 * shares["t"]))  # the second is worth half
     assert rare.score("3 3") == 0
 
 

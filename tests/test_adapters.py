@@ -1,0 +1,371 @@
+"""Adapters: off is the base, on is the policy, bit for bit; reference modes; stacking; checkpoints cut off."""
+
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoConfig,
+    LlamaConfig,
+    Qwen2Config,
+    set_seed,
+)
+
+from kl_alliteration import KLMonitorCallback, KLPenaltyCallback
+from kl_alliteration.adapters import (
+    MovingAverageReferenceCallback,
+    ReferenceCallback,
+    ResetReferenceCallback,
+    check_trains,
+    default_lora_config,
+    load_adapter,
+    merge,
+    name_base,
+    probe,
+    save_stacked,
+)
+from kl_alliteration.runs import last_checkpoint
+from kl_alliteration.story_lm import MODEL_PATH
+
+IDS = torch.arange(24).view(2, 12)
+SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SHAPE, intermediate_size=32),
+    "qwen2": lambda: Qwen2Config(**SHAPE, intermediate_size=32, num_key_value_heads=1, tie_word_embeddings=True),
+    "gpt2": lambda: GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2),
+    "gpt_neo": lambda: GPTNeoConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64,
+    ),
+}
+# Linear layers a block: attention and MLP, and never the head.
+TARGETS = {"llama": 7, "qwen2": 7, "gpt2": 4, "gpt_neo": 6, "embedded": 7}
+
+
+def base_model(family: str, dtype=torch.float32):
+    set_seed(0)
+    if family == "embedded":
+        return AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=dtype)
+    return AutoModelForCausalLM.from_config(CONFIGS[family]()).to(dtype)
+
+
+def randomized(model: PeftModel) -> PeftModel:
+    """As after training: B is no longer zero."""
+    set_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "rslora"])
+@pytest.mark.parametrize("family", TARGETS)
+def test_default_config_finds_all_linear_layers_but_the_head(family, variant):
+    options = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}[variant]
+    model = get_peft_model(base_model(family), default_lora_config(**options))
+    check_trains(model)
+    adapted = [name for name, _ in model.named_parameters() if "lora_A" in name]
+    assert len(adapted) == TARGETS[family] * model.config.num_hidden_layers
+    assert not any("lm_head" in name for name in adapted)
+
+
+@pytest.mark.parametrize("option", ["target_modules", "modules_to_save"])
+def test_a_head_is_refused_with_the_reason(option):
+    with pytest.raises(ValueError, match="must not hold lm_head: .* tied to the embeddings"):
+        default_lora_config(**{option: ["q_proj", "lm_head"]})
+
+
+@pytest.mark.parametrize("variant", ["plain", "dora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", TARGETS)
+def test_off_is_the_base_and_on_again_the_policy_bit_for_bit(family, dtype, variant):
+    base = base_model(family, dtype).eval()
+    config = default_lora_config(lora_dropout=0.1, use_dora=variant == "dora")
+    model = randomized(get_peft_model(base_model(family, dtype), config)).eval()
+    with torch.no_grad():
+        expected, on = base(IDS).logits, model(IDS).logits
+        with model.disable_adapter():
+            off = model(IDS).logits
+        again = model(IDS).logits
+    assert torch.equal(off, expected) and torch.equal(again, on) and not torch.equal(on, off)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", TARGETS)
+def test_the_reference_of_training_mode_is_the_base_too(family, dtype):
+    """Under gradient checkpointing, with dropout in the adapter and in training mode, as TRL scores it."""
+    base = base_model(family, dtype).eval()
+    model = randomized(get_peft_model(base_model(family, dtype), default_lora_config(lora_dropout=0.5)))
+    # The base's own dropout, where a family has some, is TRL's affair: it sets it to 0.
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout) and "lora" not in str(type(module)):
+            if not any(module in m.lora_dropout.values() for m in model.modules() if hasattr(m, "lora_dropout")):
+                module.p = 0.0
+    model.train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_seed(2)
+    on = model(IDS, use_cache=False).logits
+    with torch.no_grad(), model.disable_adapter():
+        off = model(IDS, use_cache=False).logits
+    on.float().sum().backward()
+    set_seed(2)
+    again = model(IDS, use_cache=False).logits
+    with torch.no_grad():
+        expected = base(IDS).logits
+    assert torch.equal(off, expected) and torch.equal(again, on)
+    gradients = [p.grad for n, p in model.named_parameters() if "lora_A" in n]
+    assert gradients and all(g is not None and g.abs().sum() > 0 for g in gradients)
+
+
+def curves(trainer) -> list[tuple]:
+    names = "reward", "kl", "loss", "grad_norm"
+    return [tuple(entry[name] for name in names) for entry in trainer.state.log_history if "kl" in entry]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.3}], ids=["lora", "dora", "dropout"])
+def test_curves_of_stock_trl_and_of_k1_sum_are_the_same(make_trainer, options):
+    stock = make_trainer(lora=default_lora_config(**options), max_steps=4)
+    stock.train()
+    ours = make_trainer(lora=default_lora_config(**options), max_steps=4)
+    ours.add_callback(KLPenaltyCallback(ours, "k1", kl_reduction="sum"))
+    ours.train()
+    assert curves(ours) == curves(stock) and any(kl != 0 for _, kl, *_ in curves(ours))
+
+
+def test_a_frozen_adapter_stops_the_run(make_trainer, tmp_path, tiny_model):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), default_lora_config()).save_pretrained(
+        tmp_path / "a"
+    )
+    with pytest.raises(ValueError, match="frozen, so nothing would train: load it with is_trainable=True"):
+        check_trains(load_adapter(str(tmp_path / "a")))
+    check_trains(load_adapter(str(tmp_path / "a"), is_trainable=True))
+
+
+def test_an_adapter_knows_its_base(tmp_path, monkeypatch):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL_PATH), default_lora_config())
+    name_base(model)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "kl_alliteration/story_lm/model"
+    assert load_adapter(str(tmp_path)).get_base_model().config.name_or_path == str(MODEL_PATH)
+    written |= {"base_model_name_or_path": "someone/base", "revision": "a" * 40}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="was trained on someone/base, not on another/base"):
+        load_adapter(str(tmp_path), base="another/base")
+    monkeypatch.setattr("kl_alliteration.adapters.commit_of", lambda model: "b" * 40)
+    with pytest.raises(ValueError, match=f"revision {'a' * 40} of someone/base, and revision v2 is {'b' * 40}"):
+        load_adapter(str(tmp_path), base=str(MODEL_PATH), revision="v2")
+
+
+def parameters(model, adapter: str) -> dict[str, torch.Tensor]:
+    return {n.replace(f".{adapter}.", "."): p.clone() for n, p in model.named_parameters() if f".{adapter}." in n}
+
+
+def test_start_is_a_frozen_copy_and_the_base_stays_in_view(make_trainer):
+    trainer = make_trainer(lora=default_lora_config(), max_steps=3)
+    randomized(trainer.model)
+    start = parameters(trainer.model, "default")
+    ReferenceCallback(trainer)
+    trainer.train()
+    assert all(torch.equal(p, start[n]) for n, p in parameters(trainer.model, "ref").items())
+    assert any(not torch.equal(p, start[n]) for n, p in parameters(trainer.model, "default").items())
+    first, *_, last = [e for e in trainer.state.log_history if "kl" in e]
+    assert first["kl"] == 0 and last["kl"] != 0  # to the start
+    assert abs(first["kl/base_per_token"]) > 1e-3  # to the base, from which the start is away
+
+
+def test_base_kl_is_that_of_a_run_with_the_base_as_its_reference(make_trainer):
+    """Two runs with the same policy: at beta 0 the reference only watches."""
+    runs = {}
+    for mode in ("start", "base"):
+        trainer = make_trainer(lora=default_lora_config(), max_steps=3, beta=0.0)
+        randomized(trainer.model)
+        trainer.add_callback(KLMonitorCallback(trainer))
+        trainer.add_callback(ReferenceCallback(trainer, mode))
+        set_seed(3)  # making a reference adapter draws numbers
+        trainer.train()
+        runs[mode] = [e for e in trainer.state.log_history if "kl/k1_per_token" in e]
+    for start, base in zip(runs["start"], runs["base"], strict=True):
+        for unit in ("per_token", "per_sequence"):
+            assert start[f"kl/base_{unit}"] == pytest.approx(base[f"kl/k1_{unit}"], rel=1e-5)
+    assert runs["start"][-1]["kl/k1_per_token"] != runs["base"][-1]["kl/k1_per_token"]
+
+
+def test_moving_average_by_hand(make_trainer):
+    trainer = make_trainer(lora=default_lora_config(), max_steps=1)
+    callback = MovingAverageReferenceCallback(trainer, alpha=0.25, steps=2)
+    for name, parameter in trainer.model.named_parameters():
+        if ".default." in name:
+            parameter.data.fill_(8.0)
+        elif ".ref." in name:
+            parameter.data.fill_(4.0)
+    for step, expected in ((1, 4.0), (2, 5.0), (3, 5.0), (4, 5.75)):  # 0.25 * 8 + 0.75 * 4, then 0.25 * 8 + 0.75 * 5
+        trainer.state.global_step = step
+        callback.on_step_end(trainer.args, trainer.state, trainer.control)
+        assert all((p == expected).all() for p in parameters(trainer.model, "ref").values())
+
+
+def test_reset_at_steps_and_at_a_bound(make_trainer):
+    trainer = make_trainer(lora=default_lora_config(), max_steps=6)
+    trainer.add_callback(ResetReferenceCallback(trainer, steps=3))
+    trainer.train()
+    entries = [e for e in trainer.state.log_history if "kl" in e]
+    assert [e["kl/reference_resets"] for e in entries] == [0, 0, 1, 0, 0, 1]
+    assert [e["kl"] == 0 for e in entries] == [True, False, False, True, False, False]
+    assert entries[3]["kl/base_per_token"] != 0
+
+    trainer = make_trainer(lora=default_lora_config(), max_steps=6)
+    trainer.add_callback(KLMonitorCallback(trainer))
+    trainer.add_callback(ResetReferenceCallback(trainer, kl_per_sequence=0.01))
+    trainer.train()
+    for entry in (e for e in trainer.state.log_history if "kl" in e):
+        assert entry["kl/reference_resets"] == (entry["kl/k1_per_sequence"] > 0.01)
+    assert any(e.get("kl/reference_resets") for e in trainer.state.log_history)
+
+
+def test_reset_forgets_the_optimizer_only_when_asked(make_trainer):
+    for asked in (False, True):
+        trainer = make_trainer(lora=default_lora_config(), max_steps=2)
+        trainer.add_callback(ResetReferenceCallback(trainer, steps=2, reset_optimizer=asked))
+        trainer.train()
+        assert (len(trainer.optimizer.state) == 0) == asked
+
+
+@pytest.mark.parametrize("mode", ["start", "moving_average", "reset"])
+def test_a_resumed_run_goes_on_with_the_same_reference(make_trainer, mode, tmp_path):
+    def made(folder):
+        trainer = make_trainer(
+            lora=default_lora_config(), max_steps=4, save_strategy="steps", save_steps=2, output_dir=str(folder)
+        )
+        randomized(trainer.model)  # so that a reference made anew would not be the saved one
+        callback = {
+            "start": lambda: ReferenceCallback(trainer),
+            "moving_average": lambda: MovingAverageReferenceCallback(trainer, 0.5, steps=1),
+            "reset": lambda: ResetReferenceCallback(trainer, steps=1),
+        }[mode]()
+        trainer.add_callback(callback)
+        return trainer
+
+    whole = made(tmp_path / "whole")
+    whole.train()
+    half = made(tmp_path / "half")
+    with torch.no_grad():
+        for parameter in half.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)  # the new process's adapter is another one
+    half.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    expected = [e for e in whole.state.log_history if e.get("step", 0) > 2 and "kl" in e]
+    found = [e for e in half.state.log_history if e.get("step", 0) > 2 and "kl" in e]
+    for name in ("kl", "kl/base_per_token", "reward"):
+        assert [e[name] for e in found] == [e[name] for e in expected]
+    for name, parameter in parameters(half.model, "ref").items():
+        assert torch.equal(parameter, parameters(whole.model, "ref")[name])
+
+
+def test_references_refuse_what_they_cannot_do(make_trainer):
+    with pytest.raises(ValueError, match="needs a model with an adapter"):
+        ReferenceCallback(make_trainer())
+    trainer = make_trainer(lora=True)
+    with pytest.raises(ValueError, match="reference must be one of"):
+        ReferenceCallback(trainer, "policy")
+    with pytest.raises(ValueError, match=r"alpha must be in \(0, 1\], got 0"):
+        MovingAverageReferenceCallback(trainer, alpha=0)
+    with pytest.raises(ValueError, match="a reset needs steps, or kl_per_sequence"):
+        ResetReferenceCallback(trainer)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "rslora"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_merged_logits_agree(family, variant):
+    options = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}[variant]
+    model = randomized(get_peft_model(base_model(family), default_lora_config(**options)))
+    expected = probe(model.eval())
+    merged = merge(model)
+    assert not isinstance(merged, PeftModel)
+    torch.testing.assert_close(probe(merged), expected, atol=1e-4, rtol=0)
+
+
+def test_a_merge_that_loses_the_adapter_is_refused(monkeypatch):
+    model = randomized(get_peft_model(base_model("llama"), default_lora_config()))
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **kwargs: self.unload(), raising=False)
+    with pytest.raises(ValueError, match="the merged model is .* nats off"):
+        merge(model)
+
+
+def test_a_stack_is_one_adapter_on_the_base(tmp_path):
+    base_model("llama").save_pretrained(tmp_path / "base")
+
+    def adapted(model, r, seed):
+        made = get_peft_model(model, LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM"))
+        set_seed(seed)
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        return made
+
+    below = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), 3, 1)
+    below.save_pretrained(tmp_path / "below")
+    above = adapted(merge(below), 2, 2)
+    above.save_pretrained(tmp_path / "above")
+    save_stacked(str(tmp_path / "below"), str(tmp_path / "above"), str(tmp_path / "one"))
+    one = load_adapter(str(tmp_path / "one"))
+    assert one.peft_config["default"].r == 5
+    torch.testing.assert_close(probe(one.eval()), probe(above.eval()), atol=1e-5, rtol=0)
+    assert sorted(os.listdir(tmp_path / "one")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+
+
+class Killer:
+    """Kills its process at the n-th time that it opens or makes something under a folder."""
+
+    def __init__(self, folder: str, n: int):
+        self.folder, self.left = folder, n
+
+    def __call__(self, event, args):
+        if event in ("open", "os.mkdir", "os.rename") and self.folder in str(args[0]):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_moment_of_saving(make_trainer, tmp_path):
+    """The checkpoint before loads and goes on; a half-written one is never taken."""
+
+    def made(folder, steps=3):
+        trainer = make_trainer(
+            lora=default_lora_config(r=2), max_steps=steps, save_strategy="steps", save_steps=1, output_dir=str(folder)
+        )
+        trainer.add_callback(ReferenceCallback(trainer))
+        return trainer
+
+    taken = []
+    for n in range(1, 40):
+        folder = tmp_path / str(n)
+        child = os.fork()
+        if child == 0:
+            sys.addaudithook(Killer(f"{folder}/checkpoint-2", n))
+            made(folder, steps=2).train()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        checkpoint = last_checkpoint(folder)
+        taken.append(int(checkpoint.rpartition("-")[2]))
+        if os.WIFSIGNALED(status):
+            assert os.WTERMSIG(status) == signal.SIGKILL
+        trainer = made(folder)
+        if n % 4 == 1 or not os.WIFSIGNALED(status):
+            trainer.train(resume_from_checkpoint=checkpoint)
+            assert trainer.state.global_step == 3
+        if not os.WIFSIGNALED(status):
+            break
+    assert n > 6 and taken[:-1].count(1) >= n - 3 and taken[-1] == 2
