@@ -61,7 +61,7 @@ CONTROLLERS = {
 }
 BASELINES = ("leave_one_out", "none")
 GUARDS = ("off", *CollapseGuardCallback.ACTIONS)
-LAST = "last"  # of --resume_from_checkpoint
+LATEST = "latest"  # of --resume_from_checkpoint
 REFERENCES = ("start", "base", "moving_average", "reset")
 
 
@@ -502,7 +502,7 @@ def run_training(trainer) -> dict:
     guards = [c for c in trainer.callback_handler.callbacks if isinstance(c, CollapseGuardCallback)]
     train = guards[0].train if guards else trainer.train
     checkpoint = trainer.args.resume_from_checkpoint
-    if checkpoint == LAST:
+    if checkpoint == LATEST:
         checkpoint = last_checkpoint(trainer.args.output_dir)
         if trainer.is_world_process_zero():
             print(

@@ -30,6 +30,7 @@ from kl_alliteration.adapters import (
     probe,
     save_stacked,
 )
+from kl_alliteration.recipe import save_final
 from kl_alliteration.runs import last_checkpoint
 from kl_alliteration.story_lm import MODEL_PATH
 
@@ -369,3 +370,23 @@ def test_killed_at_any_moment_of_saving(make_trainer, tmp_path):
         if not os.WIFSIGNALED(status):
             break
     assert n > 6 and taken[:-1].count(1) >= n - 3 and taken[-1] == 2
+
+
+def test_a_final_save_that_is_cut_off_leaves_the_old_adapter(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(lora=default_lora_config(r=2))
+    save_final(trainer)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    randomized(trainer.model)
+
+    def half(folder, **kwargs):
+        os.makedirs(folder)
+        with open(f"{folder}/adapter_model.safetensors", "wb") as file:
+            file.write(before[:100])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(trainer, "save_model", half)
+        save_final(trainer)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+    save_final(trainer)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() != before and not (tmp_path / "_unfinished").exists()

@@ -108,7 +108,7 @@ def test_an_adapter_goes_on_is_stacked_and_merged(tmp_path):
     assert summary["before"]["kl_per_sequence"] == pytest.approx(0, abs=1e-3)  # to the base and the first adapter
 
     again = run("--output_dir", "more", *("--adapter_name_or_path", "./first"), *modes, *saves, *rate, *SMALL,
-                "--max_steps", "3", "--resume_from_checkpoint", "last", cwd=tmp_path)  # fmt: skip
+                "--max_steps", "3", "--resume_from_checkpoint", "latest", cwd=tmp_path)  # fmt: skip
     assert "Resuming from more/checkpoint-2" in again.stdout and len(entries("more")) >= 3
 
     told = run("--adapter_name_or_path", "./two", "--output_dir", "m", cwd=tmp_path, recipe="merge_adapter.py").stdout
