@@ -15,6 +15,7 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`:
 - `_step` counts micro-batches and `_buffered_inputs` holds those of the generation batch under way.
 - `_logs` holds the last generation batch, of all processes in their order: `prompt`, `completion`, `rewards` by name,
   `advantages`; the returned `advantages` are this process's slice.
+- `_load_from_checkpoint(checkpoint)`, of transformers, brings model or adapters back.
 - `use_adapter` and `create_model_from_path`, `add_fused_lm_head`, `disable_dropout_in_model`, by which it makes the
   reference.
 """
@@ -22,6 +23,7 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`:
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import trl
@@ -37,7 +39,12 @@ from trl.trainer.utils import (
 from . import kl
 
 READ_FROM = "1.16.0"
-METHODS = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies", "_compute_loss")
+METHODS = (
+    "_generate_and_score_completions",
+    "_get_per_token_logps_and_entropies",
+    "_compute_loss",
+    "_load_from_checkpoint",
+)
 ATTRIBUTES = ("beta", "ref_model", "temperature", "num_iterations", "aux_loss_enabled", "_metrics", "_logs", "_step")
 
 
@@ -143,6 +150,16 @@ class RolloutSeam:
         trainer._generate_and_score_completions = self.generate_and_score
         trainer._get_per_token_logps_and_entropies = self.get_logps
         trainer._compute_loss = self.compute_loss
+        self._load_from_checkpoint = trainer._load_from_checkpoint
+        trainer._load_from_checkpoint = self.load_from_checkpoint
+
+    def load_from_checkpoint(self, checkpoint, *args, **kwargs):
+        """transformers before 5.23 leaves the adapter that trains as it is where another, `ref`, is saved below it."""
+        self._load_from_checkpoint(checkpoint, *args, **kwargs)
+        if self.has_free_reference and Path(checkpoint, "adapter_model.safetensors").is_file():
+            self.trainer.accelerator.unwrap_model(self.trainer.model).load_adapter(
+                checkpoint, "default", is_trainable=True
+            )
 
     def need_hidden_states(self) -> None:
         """From here on rollouts carry hidden states."""
@@ -260,6 +277,8 @@ class RolloutSeam:
     def compute_loss(self, model, inputs):
         self._loss_scored, self._loss_rows = None, inputs.get("kl_row")
         loss = self._compute_loss(model, inputs)
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()}")
         trainer = self.trainer
         if self.loss_penalty is None or trainer.beta == 0:
             return loss

@@ -10,6 +10,9 @@ import re
 import shlex
 import shutil
 import sys
+import threading
+import traceback
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import wraps
 from importlib.metadata import version
@@ -46,6 +49,7 @@ from .guard import CollapseGuardCallback
 from .hub import check_hub, push, write_card
 from .runs import last_checkpoint
 from .story_lm import MODEL_PATH, PROMPT
+from .survival import TrainingStopped, stop_beyond, train_or_say_why
 
 # TinyStories-33M was trained with this tokenizer and ships none (its model card says so).
 TOKENIZER_OF = {"roneneldan/TinyStories-33M": "EleutherAI/gpt-neo-125M"}
@@ -147,6 +151,12 @@ class StoryArguments(ScriptArguments):
     reset_optimizer: bool = field(
         default=False, metadata={"help": "At a reset of the reference forget the optimizer's moments too."}
     )
+    kl_limit: float | None = field(
+        default=None, metadata={"help": "KL per sequence, in nats, at which the run stops with an error."}
+    )
+    reward_timeout: float = field(
+        default=1800.0, metadata={"help": "Seconds after which a reward function has hung, and the run stops."}
+    )
     collapse_guard: str = field(
         default="warn",
         metadata={
@@ -221,18 +231,21 @@ def float_or_none(value: str) -> float | None:
 
 
 def one_line_errors(main):
-    """A user's mistake becomes one line on standard error and exit status 2; anything else keeps its traceback."""
+    """One line on standard error: for a user's mistake with exit status 2, for a run that was stopped with its own.
+
+    Anything else keeps its traceback.
+    """
 
     @wraps(main)
     def wrapped(*args, **kwargs):
         try:
             return main(*args, **kwargs)
-        except (ValueError, OSError, ImportError, UnknownTRLError) as error:
+        except (ValueError, OSError, ImportError, UnknownTRLError, TrainingStopped) as error:
             if os.environ.get("KL_ALLITERATION_TRACEBACK"):
                 raise
             message = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
             print(f"error: {message}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(getattr(error, "status", 2))
 
     return wrapped
 
@@ -264,6 +277,10 @@ def check_options(args: StoryArguments, training_args, model_args) -> None:
         raise ValueError("collapse_guard 'rollback' needs checkpoints: add --save_strategy steps --save_steps 20")
     if not training_args.beta >= 0 or math.isinf(training_args.beta):
         raise ValueError(f"beta must be >= 0 and finite, got {training_args.beta}; 0 trains without a penalty")
+    if args.kl_limit is not None and not args.kl_limit > 0:
+        raise ValueError(f"kl_limit must be > 0, got {args.kl_limit}")
+    if not args.reward_timeout > 0:
+        raise ValueError(f"reward_timeout must be > 0, got {args.reward_timeout}")
     if args.eval_stories < 1:
         raise ValueError(f"eval_stories must be >= 1, got {args.eval_stories}")
     if args.show_stories_every < 0:
@@ -368,31 +385,51 @@ def load_prompts(args: StoryArguments, prompts_per_batch: int) -> Dataset:
 
 
 class CheckedReward:
-    """A reward function that stops the run when it returns the wrong number of rewards or one that is no number.
+    """A reward function that stops the run when it raises, hangs, returns the wrong number of rewards, or no number.
 
     `None` stays allowed: in TRL it means that the reward does not apply to a completion.
     """
 
-    def __init__(self, function, path: str):
-        self.function, self.path, self.__name__ = (
-            function,
-            path,
-            getattr(function, "__name__", type(function).__name__),
-        )
+    def __init__(self, function, path: str, timeout: float):
+        self.function, self.path, self.timeout = function, path, timeout
+        self.__name__ = getattr(function, "__name__", type(function).__name__)
 
     def __call__(self, prompts, completions, **kwargs):
-        rewards = list(self.function(prompts=prompts, completions=completions, **kwargs))
+        rewards = list(self.answer(prompts=prompts, completions=completions, **kwargs))
         if len(rewards) != len(completions):
-            raise ValueError(
+            raise TrainingStopped(
                 f"reward_funcs: {self.path} returned {len(rewards)} rewards for {len(completions)} completions"
             )
         for reward, completion in zip(rewards, completions, strict=True):
             if reward is not None and not math.isfinite(reward):
-                raise ValueError(f"reward_funcs: {self.path} returned {reward} for {str(completion)[:60]!r}")
+                raise TrainingStopped(f"reward_funcs: {self.path} returned {reward} for {str(completion)[:60]!r}")
         return rewards
 
+    def answer(self, **kwargs):
+        """In a thread of its own: a function that hangs cannot be stopped, but it can be left behind."""
+        answer = Future()
 
-def load_rewards(paths: list[str], model: str | None = None) -> list:
+        def call():
+            try:
+                answer.set_result(self.function(**kwargs))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=call, daemon=True).start()
+        try:
+            return answer.result(self.timeout)
+        except Exception as error:
+            if not answer.done():
+                raise TrainingStopped(
+                    f"reward_funcs: {self.path} has not answered for {self.timeout:g} s (reward_timeout)"
+                ) from None
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise TrainingStopped(
+                f"reward_funcs: {self.path} raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+            ) from error
+
+
+def load_rewards(paths: list[str], model: str | None = None, timeout: float | None = None) -> list:
     """Reward functions by dotted path, the working directory included, after a reward model's path if there is one."""
     rewards = [] if model is None else [model]
     for path in paths:
@@ -408,7 +445,7 @@ def load_rewards(paths: list[str], model: str | None = None) -> list:
         if not callable(function):
             raise ValueError(f"reward_funcs: {path!r} is a {type(function).__name__}, not a function")
         is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__)
-        rewards.append(function if is_async else CheckedReward(function, path))
+        rewards.append(function if is_async else CheckedReward(function, path, timeout))
     return rewards
 
 
@@ -493,6 +530,8 @@ def add_instruments(trainer, args: StoryArguments) -> None:
         rule = CONTROLLERS[args.kl_controller](trainer.beta, args.target_kl_per_token)
         estimator = args.kl_estimator if args.kl_estimator in kl.FULL_VOCABULARY else "k1"
         trainer.add_callback(KLControlCallback(trainer, rule, estimator))
+    if args.kl_limit is not None:
+        stop_beyond(trainer, args.kl_limit)
     if args.collapse_guard != "off":
         trainer.add_callback(CollapseGuardCallback(trainer, args.collapse_guard))
 
@@ -508,7 +547,7 @@ def run_training(trainer) -> dict:
             print(
                 f"Resuming from {checkpoint}" if checkpoint else "No complete checkpoint: starting from the beginning"
             )
-    train(resume_from_checkpoint=checkpoint)
+    train_or_say_why(trainer, lambda: train(resume_from_checkpoint=checkpoint))
     return {"collapse": guards[0].collapse, "last_good_checkpoint": guards[0].last_good} if guards else {}
 
 

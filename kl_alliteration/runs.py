@@ -33,17 +33,20 @@ def read_metrics(folder: Path) -> list[dict]:
     return entries
 
 
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the trainer writes `trainer_state.json` last."""
+    try:
+        json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint in a folder, `None` where there is none.
 
-    The trainer writes `trainer_state.json` last, so a checkpoint whose state cannot be read was cut off.
     `transformers.trainer_utils.get_last_checkpoint` takes the highest number, complete or not.
     """
-    folders = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
-    for checkpoint in folders:
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return str(checkpoint)
-    return None
+    complete = filter(is_complete, Path(folder).glob("checkpoint-*"))
+    newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if newest is None else str(newest)

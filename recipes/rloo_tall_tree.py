@@ -51,7 +51,7 @@ from kl_alliteration.recipe import (
 def build_trainer(args: StoryArguments, training_args: RLOOConfig, model_args: ModelConfig) -> RLOOTrainer:
     trainer = RLOOTrainer(
         **load_policy(args, training_args, model_args),
-        reward_funcs=load_rewards(args.reward_funcs, args.reward_model_name_or_path),
+        reward_funcs=load_rewards(args.reward_funcs, args.reward_model_name_or_path, args.reward_timeout),
         args=training_args,
         train_dataset=load_prompts(args, training_args.generation_batch_size // training_args.num_generations),
         processing_class=load_tokenizer(args, model_args, training_args),

@@ -296,7 +296,7 @@ def test_refusals_of_files(tmp_path):
 def test_a_reward_that_is_wrong_stops_the_run(tmp_path, body, says):
     (tmp_path / "mine.py").write_text(f"def reward(completions, **kwargs):\n    {body}\n")
     done = run("--output_dir", "out", "--reward_funcs", "mine.reward", *SMALL, cwd=tmp_path, check=False)
-    assert done.returncode == 2 and says in done.stderr
+    assert done.returncode == 3 and says in done.stderr
     assert "Traceback" not in done.stderr
 
 
