@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 # exp() is continued linearly beyond this log-ratio: float32 overflows at 88.7, and a clamp of the result would turn
@@ -103,8 +104,10 @@ class LMHead:
     def of(cls, model, temperature: float = 1.0) -> "LMHead":
         """The head of a causal language model of transformers, at a sampling temperature.
 
+        A head that FSDP2 shards is gathered, with its gradient.
+
         Raises:
-            `ValueError`: for a head with an adapter, whose weight would be the base's.
+            `ValueError`: for a head with an adapter, whose weight would be the base's, or one that ZeRO-3 shards.
         """
         config, head = model.config.get_text_config(), model.get_output_embeddings()
         if hasattr(head, "base_layer") or hasattr(head, "original_module"):  # of PEFT's wrappers
@@ -117,7 +120,13 @@ class LMHead:
         if scale is None and (scaling := getattr(config, "logits_scaling", None)) is not None:
             scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
         softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(head.weight, head.bias, temperature, 1.0 if scale is None else scale, softcap)
+        if hasattr(head.weight, "ds_status"):
+            raise ValueError(
+                "DeepSpeed ZeRO-3 shards the LM head, which full-vocabulary KL estimates read whole: use ZeRO-2 or "
+                "FSDP2, or kl_estimator k1"
+            )
+        weight, bias = (t.full_tensor() if isinstance(t, DTensor) else t for t in (head.weight, head.bias))
+        return cls(weight, bias, temperature, 1.0 if scale is None else scale, softcap)
 
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, H) -> (N, V) log-probabilities, in float32 or better."""

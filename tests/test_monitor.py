@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from two_processes import controlled, rewards
 
 from kl_alliteration import KLMonitorCallback, KLPenaltyCallback
 from kl_alliteration._trl import Rollout
@@ -135,3 +136,24 @@ def test_on_two_processes_means_are_of_all_completions(two_processes):
     for name, value in two_processes["pooled"].items():
         assert two_processes["logged"][name] == pytest.approx(value, abs=1e-6)
     assert two_processes["exact"] > 0
+
+
+def test_two_processes_have_one_rule_and_one_kl(two_processes):
+    """And there are two: on a CPU a launcher may quietly start one."""
+    assert two_processes["world"] == 2
+    first, second = two_processes["ranks"]
+    assert len(first) == 60 and first == second
+    assert len({beta for beta, *_ in first}) > 30
+
+
+def test_half_the_batch_on_each_of_two_processes_learns_as_one(two_processes, tiny_model):
+    """Mean rewards of the second half of training, within three standard errors: the random streams differ."""
+    alone, _ = controlled(str(tiny_model), per_device=16)
+    together, alone = torch.tensor(two_processes["rewards"][30:]), torch.tensor(rewards(alone)[30:])
+    error = (together.var() / len(together) + alone.var() / len(alone)).sqrt()
+    assert abs(together.mean() - alone.mean()) < 3 * error + 0.05
+    assert alone.mean() > torch.tensor(two_processes["rewards"][:3]).mean()
+
+
+def test_the_exact_kl_reads_a_head_that_fsdp2_shards(two_processes):
+    assert two_processes["sharded"] is True

@@ -1,7 +1,7 @@
 """Run by tests/test_monitor.py on two processes, with the tiny model's folder.
 
-k1 in the reward against the stock trainer, full and LoRA, accumulation 1 and 3; and the monitor's means against sums
-over the completions of both processes. Process 0 prints one line of JSON.
+k1 in the reward against the stock trainer, full and LoRA, accumulation 1 and 3; the monitor's means against sums
+over the completions of both processes; a rule that moves beta, seen from both. Process 0 prints one line of JSON.
 """
 
 import json
@@ -12,9 +12,14 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from trl import RLOOConfig, RLOOTrainer
 
-from kl_alliteration import KLMonitorCallback, KLPenaltyCallback
+from kl_alliteration import KLControlCallback, KLMonitorCallback, KLPenaltyCallback, kl
+from kl_alliteration.control import LogPIRule
 
 torch.set_num_threads(1)
 
@@ -23,27 +28,28 @@ def reward(completions, **kwargs):
     return [float(text.split().count("tree") + len(text.split()) / 10) for text in completions]
 
 
-def make(folder: str, lora: bool, accumulation: int) -> RLOOTrainer:
+def make(folder: str, lora: bool, accumulation: int, **options) -> RLOOTrainer:
+    defaults = {
+        "output_dir": tempfile.mkdtemp(),
+        "beta": 0.5,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": accumulation,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
     return RLOOTrainer(
         model=folder,
         reward_funcs=reward,
-        args=RLOOConfig(
-            output_dir=tempfile.mkdtemp(),
-            beta=0.5,
-            learning_rate=1e-2,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=accumulation,
-            num_generations=4,
-            max_completion_length=6,
-            max_steps=3,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
-            gradient_checkpointing=False,
-        ),
+        args=RLOOConfig(**defaults | options),
         train_dataset=Dataset.from_dict({"prompt": ["once upon a time", "there was a"] * 24}),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None,
     )
@@ -59,8 +65,60 @@ def weights(trainer) -> list[torch.Tensor]:
     return [p.detach().clone() for p in trainer.accelerator.unwrap_model(trainer.model).parameters()]
 
 
+class Seen(TrainerCallback):
+    """Beta and the logged KL after every step, as this process has them."""
+
+    def __init__(self, trainer):
+        self.trainer, self.steps = trainer, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        metrics = self.trainer._metrics["train"]
+        self.steps.append([self.trainer.beta, metrics["kl"][-1], metrics["kl/exact_per_token"][-1]])
+
+
+def controlled(folder: str, per_device: int, steps: int = 60) -> tuple[RLOOTrainer, Seen]:
+    """A long enough run under a rule to compare, with as many completions a batch as asked for."""
+    set_seed(0)
+    trainer = make(folder, True, 1, per_device_train_batch_size=per_device, max_steps=steps, learning_rate=3e-2)
+    trainer.add_callback(KLPenaltyCallback(trainer, "exact", "both"))
+    trainer.add_callback(KLMonitorCallback(trainer, exact=True))
+    trainer.add_callback(KLControlCallback(trainer, LogPIRule(0.1, target_kl_per_token=0.05), "exact"))
+    seen = Seen(trainer)
+    trainer.add_callback(seen)
+    trainer.train()
+    return trainer, seen
+
+
+def rewards(trainer) -> list[float]:
+    return [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+
+
+def sharded_exact_kl(folder: str) -> bool:
+    """The exact KL and its gradient at a model that FSDP2 shards over both processes, against the whole model's."""
+    values = []
+    for shard in (False, True):
+        model, reference = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                parameter.mul_(1.5)
+        if shard:
+            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+            assert isinstance(model.get_output_embeddings().weight, DTensor)
+        ids = torch.arange(2, 12).view(2, 5)
+        hidden, ref_hidden = (m(ids, output_hidden_states=True).hidden_states[-1] for m in (model, reference))
+        heads = kl.LMHead.of(model), kl.LMHead.of(reference)
+        kl.from_hidden_states(kl.exact, hidden, ref_hidden.detach(), *heads, ids, torch.ones(2, 5)).sum().backward()
+        gradient = model.get_output_embeddings().weight.grad
+        values.append(gradient.full_tensor() if shard else gradient)
+    return torch.allclose(values[0], values[1], atol=1e-6) and values[0].abs().max().item() > 1e-3
+
+
 def main(folder: str) -> None:
     found = {}
+    trainer, seen = controlled(folder, per_device=8)
+    ranks = gather_object([seen.steps])
+    found["sharded"] = sharded_exact_kl(folder)
+    found["world"], found["ranks"], found["rewards"] = trainer.accelerator.num_processes, ranks, rewards(trainer)
     for lora in (False, True):
         for accumulation in (1, 3):
             stock = make(folder, lora, accumulation)
