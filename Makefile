@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONFIG ?= $(if $(shell command -v nvidia-smi 2>/dev/null),single_gpu,cpu)
 ARGS ?=
 
-.PHONY: tall-tree collapse test lint story-model
+.PHONY: tall-tree collapse test long lint story-model
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,9 @@ collapse: $(BIN)/.installed  ## the same without a penalty
 
 test: $(BIN)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS)
+
+long: $(BIN)/.installed  ## the checks that take minutes: killed and resumed, fuzzing
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s -m long $(ARGS)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

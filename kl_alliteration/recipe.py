@@ -1,5 +1,6 @@
 """What the recipes share: options and their errors, rewards by dotted path, prompts."""
 
+import argparse
 import copy
 import difflib
 import importlib
@@ -203,7 +204,14 @@ class RecipeParser(TrlParser):
         on_cpu = "--use_cpu" in args or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
         self.set_defaults(bf16=not on_cpu and "--fp16" not in args and is_torch_bf16_gpu_available())
         stock = {a.dest: a.default for a in reversed(self._actions)}  # the first one's counts; --no_x comes later
-        *parsed, unknown = self.parse_args_and_config(args, return_remaining_strings=True)
+        try:
+            *parsed, unknown = self.parse_args_and_config(args, return_remaining_strings=True)
+        except (ValueError, OSError):
+            raise
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config: not a YAML file: {error}") from None
+        except Exception as error:  # of the dataclasses, which expect sensible values
+            raise ValueError(f"the options do not work together: {type(error).__name__}: {error}") from None
         for option in unknown:
             name = option.split("=")[0]
             if name.startswith("-"):
@@ -217,12 +225,42 @@ class RecipeParser(TrlParser):
         self.given = {k: v for k, v in vars(self.namespace).items() if v != stock[k]}
         return parsed
 
+    def set_defaults_with_config(self, **config):
+        """What a YAML file says goes through the same conversions as the command line's words."""
+        actions = {action.dest: action for action in reversed(self._actions)}
+        known = {name: from_yaml(actions[name], value) for name, value in config.items() if name in actions}
+        return super().set_defaults_with_config(**config | known)
+
     def parse_known_args(self, args=None, namespace=None):
         self.namespace, rest = super().parse_known_args(args, namespace)
         return copy.copy(self.namespace), rest
 
     def error(self, message):
         raise ValueError(message)
+
+
+def from_yaml(action, value):
+    """A YAML value as the option's type; `ValueError` where it is none."""
+    name = action.dest
+    if value is None:
+        if action.default is not None:
+            raise ValueError(f"{name}: has no value in the YAML file")
+        return None
+    if isinstance(value, dict):
+        if name.endswith(("_kwargs", "_config")) or name == "deepspeed":
+            return value
+        raise ValueError(f"{name}: takes no mapping, got {value}")
+    if isinstance(value, list) and action.nargs is None and name != "report_to":
+        raise ValueError(f"{name}: takes one value, got {value}")
+    values = []
+    for each in value if isinstance(value, list) else [value]:
+        try:
+            values.append(action.type(str(each)) if action.type else str(each))
+        except (TypeError, ValueError, argparse.ArgumentTypeError):
+            raise ValueError(f"{name}: invalid value {each!r} in the YAML file") from None
+        if action.choices is not None and values[-1] not in action.choices:
+            raise ValueError(f"{name}: {each!r} is none of {', '.join(map(str, action.choices))}")
+    return values if isinstance(value, list) else values[0]
 
 
 def float_or_none(value: str) -> float | None:
@@ -395,13 +433,18 @@ class CheckedReward:
         self.__name__ = getattr(function, "__name__", type(function).__name__)
 
     def __call__(self, prompts, completions, **kwargs):
-        rewards = list(self.answer(prompts=prompts, completions=completions, **kwargs))
+        rewards = self.answer(prompts=prompts, completions=completions, **kwargs)
+        if not isinstance(rewards, (list, tuple)):
+            raise TrainingStopped(
+                f"reward_funcs: {self.path} returned a {type(rewards).__name__}, not a list of rewards"
+            )
+        rewards = list(rewards)
         if len(rewards) != len(completions):
             raise TrainingStopped(
                 f"reward_funcs: {self.path} returned {len(rewards)} rewards for {len(completions)} completions"
             )
         for reward, completion in zip(rewards, completions, strict=True):
-            if reward is not None and not math.isfinite(reward):
+            if reward is not None and not is_finite(reward):
                 raise TrainingStopped(f"reward_funcs: {self.path} returned {reward} for {str(completion)[:60]!r}")
         return rewards
 
@@ -427,6 +470,13 @@ class CheckedReward:
             raise TrainingStopped(
                 f"reward_funcs: {self.path} raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
             ) from error
+
+
+def is_finite(reward) -> bool:
+    try:
+        return math.isfinite(reward)
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def load_rewards(paths: list[str], model: str | None = None, timeout: float | None = None) -> list:

@@ -1,0 +1,128 @@
+"""Any options, YAML files and rewards: what is refused is one clear line, what is accepted is what was asked for."""
+
+import contextlib
+import io
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from trl import ModelConfig, RLOOConfig
+
+from kl_alliteration.recipe import (
+    CheckedReward,
+    RecipeParser,
+    StoryArguments,
+    check_options,
+    one_line_errors,
+    parse_recipe,
+)
+from kl_alliteration.survival import TrainingStopped
+
+DEFAULTS = Path(__file__).parents[2] / "recipes/rloo_tall_tree.yaml"
+CASES = settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
+OURS = sorted(StoryArguments.__dataclass_fields__)
+THEIRS = [
+    *("beta", "learning_rate", "num_generations", "per_device_train_batch_size", "max_completion_length", "max_steps"),
+    *("temperature", "top_k", "top_p", "reward_weights", "save_strategy", "save_steps", "seed", "num_iterations"),
+    *("lr_scheduler_type", "warmup_steps", "logging_steps", "epsilon", "lora_r", "lora_target_modules", "use_peft"),
+    *("model_name_or_path", "dtype", "normalize_advantages", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+]
+NAMES = st.sampled_from(OURS + THEIRS) | st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12)
+WORDS = st.one_of(
+    st.integers(-10, 200).map(str),
+    st.floats(width=32).map(str),
+    st.sampled_from(["true", "false", "none", "", "exact", "k1", "both", "sum", "mean", "reset", "pi", "./x", "a/b"]),
+    st.text(max_size=8),
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-10, 200) | st.floats(width=32) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+def attempt(argv: list[str]):
+    """What a recipe does before it loads a model: the parsed options, or the one line that refuses them."""
+
+    @one_line_errors
+    def main():
+        parsed = parse_recipe(RecipeParser((StoryArguments, RLOOConfig, ModelConfig), DEFAULTS), argv)
+        parsed[1].push_to_hub = False  # no network here
+        check_options(*parsed)
+        return parsed
+
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        try:
+            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+                return main(), None
+        except SystemExit as exit:
+            if exit.code == 0:  # --help
+                return None, None
+            assert exit.code == 2
+            lines = [line for line in stderr.getvalue().splitlines() if line.startswith("error: ")]
+            assert len(lines) == 1 and len(lines[0]) > len("error: ") + 3
+            assert "Traceback" not in stderr.getvalue()
+            return None, lines[0]
+        finally:
+            assert os.listdir(folder) == []
+
+
+def value_of(parsed, name: str):
+    return next(getattr(arguments, name) for arguments in parsed if hasattr(arguments, name))
+
+
+@pytest.mark.long
+@CASES
+@given(st.dictionaries(NAMES, WORDS, min_size=1, max_size=4))
+def test_options(options):
+    parsed, _ = attempt([word for name, value in options.items() for word in (f"--{name}", value)])
+    for name, word in options.items() if parsed else ():
+        value = value_of(parsed, name)  # an unknown name is not accepted
+        if isinstance(value, float) and word != "none" and name != "beta":
+            assert value == float(word) or math.isnan(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            assert value == int(word)
+    event("accepted" if parsed else "refused")
+
+
+@pytest.mark.long
+@CASES
+@given(st.dictionaries(NAMES, VALUES, min_size=1, max_size=4) | VALUES)
+def test_yaml_files(content):
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(content, file)
+        file.flush()
+        parsed, _ = attempt(["--config", file.name])
+    for name in content if parsed else ():
+        value_of(parsed, name)
+    event("accepted" if parsed else "refused")
+
+
+@pytest.mark.long
+@CASES
+@given(st.data())
+def test_yaml_text(data):
+    text = data.draw(st.text(max_size=40) | st.binary(max_size=40))
+    with tempfile.NamedTemporaryFile("wb", suffix=".yaml") as file:
+        file.write(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
+        file.flush()
+        attempt(["--config", file.name])
+
+
+@pytest.mark.long
+@CASES
+@given(VALUES | st.lists(st.floats() | st.none() | st.text(max_size=3) | st.booleans(), max_size=4), st.integers(0, 3))
+def test_rewards(returned, completions):
+    reward = CheckedReward(lambda prompts, completions: returned, "mine.reward", timeout=10)
+    try:
+        found = reward(["a"] * completions, ["b"] * completions)
+    except TrainingStopped as error:
+        assert str(error).startswith("reward_funcs: mine.reward ") and "\n" not in str(error)
+    else:
+        assert list(found) == list(returned) and all(r is None or math.isfinite(r) for r in found)
