@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONFIG ?= $(if $(shell command -v nvidia-smi 2>/dev/null),single_gpu,cpu)
 ARGS ?=
 
-.PHONY: tall-tree collapse test long lint story-model
+.PHONY: tall-tree collapse test test-oldest test-newest long lint story-model
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,16 @@ test: $(BIN)/.installed
 
 long: $(BIN)/.installed  ## the checks that take minutes: killed and resumed, fuzzing
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s -m long $(ARGS)
+
+test-oldest:  ## the tests on the oldest versions that are admitted
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test,tensorboard]'
+	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -q $(ARGS)
+
+test-newest:  ## the tests on the newest releases of the index
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[test,tensorboard]'
+	HF_HUB_OFFLINE=1 .venv-newest/bin/python -m pytest -q $(ARGS)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -14,6 +14,13 @@ from . import kl
 from ._trl import Rollout, last_completions, last_reward_std, rollout_seam
 from .rewards import as_text
 
+CONTROL = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n"}
+
+
+def shown(text: str, style: str = "") -> Text:
+    """A model's text for a terminal: neither markup nor control characters do anything."""
+    return Text(text.translate(CONTROL), style=style)
+
 
 class KLPenaltyCallback(TrainerCallback):
     """Choose the KL penalty of a stock [`~trl.RLOOTrainer`]: which estimate of the KL, where it goes, and its budget.
@@ -268,7 +275,6 @@ class StoryTableCallback(TrainerCallback):
             table.add_column("story", overflow="fold")
             rows = list(zip(prompts, completions, *rewards.values(), strict=True))[: self.stories]
             for prompt, completion, *values in rows:
-                # Text, not a string: a story may hold square brackets, and they are no markup.
-                story = Text(as_text(prompt), style="dim") + Text(as_text(completion))
+                story = shown(as_text(prompt), "dim") + shown(as_text(completion))
                 table.add_row(*(f"{value:.1f}" for value in values), story)
             self.console.print(table)

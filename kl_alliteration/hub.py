@@ -1,5 +1,6 @@
 """A trained model on the Hub: checked before training, pushed with what a stranger needs, loaded back."""
 
+import html
 import os
 import shlex
 from pathlib import Path
@@ -80,7 +81,8 @@ def write_card(
         f"| {name} | {' | '.join('-' if v is None else f'{v:.3f}' for v in values)} |" for name, *values in rows
     )
     stories = "\n".join(
-        f"### {heading}\n\n" + "\n".join("> " + " ".join(text.split()) + "\n" for text in judgement.texts[:3])
+        f"### {heading}\n\n"
+        + "\n".join(f"> {html.escape(' '.join(text.split()), quote=False)}\n" for text in judgement.texts[:3])
         for heading, judgement in (("Before", before), ("After", after))
     )
     content = f"""---

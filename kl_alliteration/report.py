@@ -198,7 +198,10 @@ def write_report(folder: str | Path, frontier_path: str | Path | None = None) ->
     lines += ["", *notes]
     lines += [f"\n![{label}]({name})" for name, label in figures]
     for group, texts in told.items():
-        lines += [f"\n## {group}"] + [f"\n> {marked(text, lambda w: f'**{w}**', str)}" for text in texts]
+        lines += [f"\n## {group}"] + [
+            f"\n> {marked(text, lambda w: f'**{html.escape(w, False)}**', lambda w: html.escape(w, False))}"
+            for text in texts
+        ]
     (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     page = [f"<h1>{html.escape(folder.name)}</h1>"]

@@ -9,6 +9,7 @@ takes another file. Into the output directory go the model or adapter, `curves.p
 `summary.json`.
 """
 
+import html
 import json
 import sys
 import time
@@ -29,6 +30,7 @@ from kl_alliteration import (
     judge,
     plot_curves,
 )
+from kl_alliteration.callbacks import shown
 from kl_alliteration.recipe import (
     RecipeParser,
     StoryArguments,
@@ -96,10 +98,10 @@ def show(before, after, folder: Path) -> None:
     console.print(table)
     lines = []
     for heading, judgement in (("Before", before), ("After", after)):
-        lines += [f"## {heading}", ""] + [f"> {text}\n" for text in judgement.texts[:5]]
+        lines += [f"## {heading}", ""] + [f"> {html.escape(text, quote=False)}\n" for text in judgement.texts[:5]]
         console.print(Text(f"\n{heading}", style="bold"))
         for text in judgement.texts[:3]:
-            console.print(Text(f"{text}\n"))
+            console.print(shown(f"{text}\n"))
     Path(folder, "stories.md").write_text("\n".join(lines), encoding="utf-8")
 
 

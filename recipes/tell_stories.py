@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from kl_alliteration import alliteration_reward, judge
 from kl_alliteration.adapters import is_adapter, load_adapter
 from kl_alliteration.alliteration import alliterating_words
+from kl_alliteration.callbacks import shown
 from kl_alliteration.recipe import check_model_path, one_line_errors
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 
@@ -35,7 +36,7 @@ class Arguments:
 
 
 def marked(text: str) -> Text:
-    words = [Text(word, style="bold yellow" if pairs else "") for word, pairs in alliterating_words(text)]
+    words = [shown(word, "bold yellow" if pairs else "") for word, pairs in alliterating_words(text)]
     return Text(" ").join(words)
 
 

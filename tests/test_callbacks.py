@@ -37,7 +37,7 @@ def test_story_table_shows_stories_as_text_not_as_markup(make_trainer):
 
     def last_completions(trainer):
         shown["asked"] = trainer.state.global_step
-        return ["[bold]Once"] * 8, [" [red]tall tree[/nope]"] * 8, {"reward": [3.0] * 8}
+        return ["[bold]Once"] * 8, [" [red]tall tree[/nope]\x1b[31m\x9b2J\x07"] * 8, {"reward": [3.0] * 8}
 
     import kl_alliteration.callbacks as module
 
@@ -47,7 +47,8 @@ def test_story_table_shows_stories_as_text_not_as_markup(make_trainer):
     finally:
         module.last_completions = original
     assert shown["asked"] == 2  # not at step 1
-    assert "[bold]Once [red]tall tree[/nope]" in out.getvalue() and "3.0" in out.getvalue()
+    assert "[bold]Once [red]tall tree[/nope]\ufffd[31m\ufffd2J\ufffd" in out.getvalue() and "3.0" in out.getvalue()
+    assert not {"\x1b", "\x9b", "\x07"} & set(out.getvalue())
     assert out.getvalue().count("Once") == 2
 
 
