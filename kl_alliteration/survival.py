@@ -71,15 +71,17 @@ def train_or_say_why(trainer, train) -> None:
     A checkpoint that was being written is removed; the whole traceback goes to `error.txt` in the output directory.
 
     Raises:
-        `TrainingStopped`: in place of any exception. `Terminated`: after a SIGTERM, with its checkpoint saved.
+        `TrainingStopped`: in place of any exception, Ctrl-C included. `Terminated`: after a SIGTERM, its checkpoint
+            saved.
     """
     callback = TerminationCallback(trainer)
     trainer.add_callback(callback)
     folder = Path(trainer.args.output_dir)
     try:
         train()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         cause = str(error) if isinstance(error, TrainingStopped) else f"{type(error).__name__}: {error}"
+        cause = "interrupted" if isinstance(error, KeyboardInterrupt) else cause
         if folder.is_dir() and shutil.disk_usage(folder).free < FULL:  # libraries word it in their own ways
             cause = f"the disk of {folder} is full ({cause})"
         if trainer.is_world_process_zero():
@@ -93,7 +95,10 @@ def train_or_say_why(trainer, train) -> None:
                 pass  # a full disk
         else:
             good = None
-        raise TrainingStopped(f"stopped at step {trainer.state.global_step}: {cause}; {go_on_from(good)}") from error
+        stopped = TrainingStopped(f"stopped at step {trainer.state.global_step}: {cause}; {go_on_from(good)}")
+        if isinstance(error, KeyboardInterrupt):
+            stopped.status = 130  # a shell's for Ctrl-C
+        raise stopped from error
     finally:
         trainer.remove_callback(callback)
     if callback.terminated:

@@ -130,8 +130,9 @@ def test_refused_before_training(hub, at_hub, tmp_path):
         assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_a_hub_that_dies_in_the_middle_of_a_push_loses_nothing(hub, at_hub, tmp_path):
-    hub.die_at = "/commit/"
+@pytest.mark.parametrize("where", ["/lfs/", "/commit/"])
+def test_a_hub_that_dies_in_the_middle_of_a_push_loses_nothing(hub, at_hub, tmp_path, where):
+    hub.die_at = where
     done = at_hub(*recipe(), *PUSH)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert "error: not pushed to the Hub" in done.stdout and hub.files(REPO) == {}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import RLOOTrainer
 
 from kl_alliteration.adapters import load_adapter
 from kl_alliteration.reward_model import AlliterationRewardModel
@@ -275,6 +276,16 @@ def test_refusals(tmp_path, monkeypatch, capsys, options, says):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert says in line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_trl_with_other_private_names_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(RLOOTrainer, "_compute_loss")
+    monkeypatch.setattr(sys, "argv", ["rloo_tall_tree.py", "--output_dir", "out", *SMALL])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "recipes/rloo_tall_tree.py"), run_name="__main__")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert exit.value.code == 2 and "RLOOTrainer of trl 1.16.0 has no _compute_loss; kl_alliteration was" in line
 
 
 def test_refusals_of_files(tmp_path):

@@ -131,6 +131,19 @@ def test_a_loss_that_is_no_number(make_trainer):
         train_or_say_why(trainer, trainer.train)
 
 
+def test_ctrl_c(make_trainer):
+    class Person(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=1)
+    trainer.add_callback(Person())
+    with pytest.raises(TrainingStopped, match="stopped at step 2: interrupted; the last good .*checkpoint-2") as e:
+        train_or_say_why(trainer, trainer.train)
+    assert e.value.status == 130
+
+
 def test_a_signal_is_only_caught_while_training(make_trainer):
     before = signal.getsignal(signal.SIGTERM)
     trainer = make_trainer(max_steps=4)
