@@ -115,7 +115,7 @@ class CollapseGuardCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         state.stateful_callbacks[self.STATE] = {
             "args": {},
-            "attributes": {"first_distinct_2": self.first_distinct_2},
+            "attributes": {"first_distinct_2": self.first_distinct_2, "recent": self.recent},
         }
         broken = self.limits.broken(self.mean()) if len(self.recent) == self.smoothing else []
         if not broken or self.collapse:
@@ -134,6 +134,7 @@ class CollapseGuardCallback(TrainerCallback):
         self.recent, self.collapse = [], None
         if state.global_step and (saved := state.stateful_callbacks.get(self.STATE)):
             self.first_distinct_2 = saved["attributes"]["first_distinct_2"]
+            self.recent = saved["attributes"].get("recent", [])
         if self.factor != 1:
             self.strengthen()
 

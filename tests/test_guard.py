@@ -109,3 +109,15 @@ def test_wrong_use_is_refused(make_trainer):
         CollapseGuardCallback(make_trainer(), "pray")
     with pytest.raises(ValueError, match="needs checkpoints: set save_strategy"):
         CollapseGuardCallback(make_trainer(), "rollback")
+
+
+def test_a_resumed_guard_goes_on_with_the_batches_before(make_trainer, tmp_path):
+    def run(folder, checkpoint=None):
+        trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=2, output_dir=str(tmp_path / folder))
+        trainer.add_callback(CollapseGuardCallback(trainer, "warn", smoothing=3))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        entries = [e for e in trainer.state.log_history if e.get("step", 0) > 2 and "kl" in e]
+        return [{k: v for k, v in e.items() if k.startswith("guard/")} for e in entries]
+
+    whole = run("whole")
+    assert len(whole) == 2 and whole[0] and run("half", str(tmp_path / "whole/checkpoint-2")) == whole
