@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONFIG ?= $(if $(shell command -v nvidia-smi 2>/dev/null),single_gpu,cpu)
 ARGS ?=
+PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 
 .PHONY: tall-tree collapse test test-oldest test-newest long lint story-model
 
@@ -19,7 +20,7 @@ collapse: $(BIN)/.installed  ## the same without a penalty
 	$(MAKE) tall-tree ARGS="--config recipes/fixed_beta.yaml --beta 0 --output_dir runs/collapse $(ARGS)"
 
 test: $(BIN)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
 
 long: $(BIN)/.installed  ## the checks that take minutes: killed and resumed, fuzzing
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s -m long $(ARGS)
@@ -27,12 +28,12 @@ long: $(BIN)/.installed  ## the checks that take minutes: killed and resumed, fu
 test-oldest:  ## the tests on the oldest versions that are admitted
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test,tensorboard]'
-	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -q $(ARGS)
+	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -q $(PARALLEL) $(ARGS)
 
 test-newest:  ## the tests on the newest releases of the index
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[test,tensorboard]'
-	HF_HUB_OFFLINE=1 .venv-newest/bin/python -m pytest -q $(ARGS)
+	HF_HUB_OFFLINE=1 .venv-newest/bin/python -m pytest -q $(PARALLEL) $(ARGS)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -15,6 +15,8 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`:
 - `_step` counts micro-batches and `_buffered_inputs` holds those of the generation batch under way.
 - `_logs` holds the last generation batch, of all processes in their order: `prompt`, `completion`, `rewards` by name,
   `advantages`; the returned `advantages` are this process's slice.
+- of `GRPOTrainer` (`grpo_trainer.py`), which has the same names: what `_generate_and_score_completions` returns holds
+  `prompt_ids`, `prompt_mask`, `completion_ids`, `completion_mask`, (B, P) and (B, T), and its loss reads `beta` anew.
 - `_load_from_checkpoint(checkpoint)`, of transformers, brings model or adapters back.
 - `use_adapter` and `create_model_from_path`, `add_fused_lm_head`, `disable_dropout_in_model`, by which it makes the
   reference.
@@ -28,6 +30,7 @@ from pathlib import Path
 import torch
 import trl
 from peft import PeftModel
+from trl import GRPOTrainer
 from trl.trainer.utils import (
     add_fused_lm_head,
     create_model_from_path,
@@ -108,7 +111,8 @@ def check_trainer(trainer) -> None:
     if missing:
         raise UnknownTRLError(
             f"{type(trainer).__name__} of trl {trl.__version__} has no {', '.join(missing)}; kl_alliteration was "
-            f"written against trl {READ_FROM}'s RLOOTrainer: install that version or a newer kl_alliteration"
+            f"written against trl {READ_FROM}'s RLOOTrainer and GRPOTrainer: install that version or a newer "
+            "kl_alliteration"
         )
 
 
@@ -147,9 +151,12 @@ class RolloutSeam:
         self._generate_and_score = trainer._generate_and_score_completions
         self._get_logps = trainer._get_per_token_logps_and_entropies
         self._compute_loss = trainer._compute_loss
-        trainer._generate_and_score_completions = self.generate_and_score
-        trainer._get_per_token_logps_and_entropies = self.get_logps
         trainer._compute_loss = self.compute_loss
+        if self.penalty_in_loss:
+            trainer._generate_and_score_completions = self.generate_and_observe
+        else:
+            trainer._generate_and_score_completions = self.generate_and_score
+            trainer._get_per_token_logps_and_entropies = self.get_logps
         self._load_from_checkpoint = trainer._load_from_checkpoint
         trainer._load_from_checkpoint = self.load_from_checkpoint
 
@@ -160,6 +167,11 @@ class RolloutSeam:
             self.trainer.accelerator.unwrap_model(self.trainer.model).load_adapter(
                 checkpoint, "default", is_trainable=True
             )
+
+    @property
+    def penalty_in_loss(self) -> bool:
+        """GRPO: its k3 is in its loss, and what is here only looks on."""
+        return isinstance(self.trainer, GRPOTrainer)
 
     def need_hidden_states(self) -> None:
         """From here on rollouts carry hidden states."""
@@ -195,7 +207,8 @@ class RolloutSeam:
         """
         trainer, args = self.trainer, self.trainer.args
         self._one_forward = (
-            trainer.num_iterations == 1
+            not self.penalty_in_loss
+            and trainer.num_iterations == 1
             and args.steps_per_generation == 1
             and trainer.accelerator.num_processes == 1
             and not args.gradient_checkpointing
@@ -228,12 +241,38 @@ class RolloutSeam:
                 output["kl_ref_logps"] = rollout.ref_logps
                 if rollout.hidden is not None:
                     output["kl_ref_hidden"] = rollout.hidden.reference
+        self._tell(rollout)
+        return output
+
+    def generate_and_observe(self, inputs):
+        """GRPO's generation batch, and its rollout: on policy TRL does not score the policy there, so it is done here.
+
+        Without a gradient and with the random state put back: training is what it would be without anybody looking on.
+        """
+        output = self._generate_and_score(inputs)
+        trainer, self._rollout = self.trainer, None
+        if self.observers and (trainer.beta != 0 or self.reference_at_beta_zero):
+            input_ids, attention_mask = (
+                torch.cat([output[f"prompt_{name}"], output[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
+            )
+            length = output["completion_ids"].shape[1]
+            asked = input_ids, attention_mask, length, trainer.args.per_device_train_batch_size
+            with torch.no_grad(), torch.random.fork_rng():
+                (logps, *_), states, head = self._score(trainer.model, *asked)
+                self._scored = [(logps, states, head)]
+                self._finish_rollout(input_ids, attention_mask, self._score_reference(trainer.model, *asked))
+                self._scored = None
+                self._add_base(trainer.model, *asked)
+        self._tell(self._rollout)
+        return output
+
+    def _tell(self, rollout: Rollout | None) -> None:
+        if rollout is not None:
             with torch.no_grad():
                 for observe in self.observers:
                     observe(rollout)
         for observe in self.after_batch:
             observe(rollout)
-        return output
 
     def get_logps(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         """TRL's own, seen. In a generation batch the second one is the reference's, or stands in for it."""
@@ -268,11 +307,15 @@ class RolloutSeam:
                 # Log-probabilities whose masked difference to the policy's is the penalty: all of it on one token.
                 logps = self._rollout.logps.clone()
                 logps[:, 0] -= self.last_penalty
-        if self.score_base and self._rollout is not None:
-            with use_adapter(self.trainer.accelerator.unwrap_model(model), adapter_name=None):
-                base_logps = self._get_logps(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)[0]
-            self._rollout = replace(self._rollout, base_logps=base_logps)
+        if self._rollout is not None:
+            self._add_base(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         return logps, *rest
+
+    def _add_base(self, model, *args, **kwargs) -> None:
+        if self.score_base:
+            with use_adapter(self.trainer.accelerator.unwrap_model(model), adapter_name=None):
+                base_logps = self._get_logps(model, *args, **kwargs)[0]
+            self._rollout = replace(self._rollout, base_logps=base_logps)
 
     def compute_loss(self, model, inputs):
         self._loss_scored, self._loss_rows = None, inputs.get("kl_row")
@@ -323,8 +366,9 @@ class RolloutSeam:
         return results, states, kl.LMHead.of(self._causal_lm(model), self.trainer.temperature)
 
     def _score_reference(self, model, *args, **kwargs):
-        if self._ref_model is not None:
-            return self._score(self._ref_model, *args, **kwargs)
+        ref_model = self.trainer.ref_model if self._ref_model is None else self._ref_model
+        if ref_model is not None:
+            return self._score(ref_model, *args, **kwargs)
         unwrapped = self.trainer.accelerator.unwrap_model(model)
         with use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None):
             return self._score(model, *args, **kwargs)

@@ -68,11 +68,16 @@ class KLPenaltyCallback(TrainerCallback):
         contract = kl.gradient_contract(kl_estimator, kl_placement, kl_reduction, kl_direction, kl_budget_per_token)
         kl.warn_of_gradient(contract, f"kl_estimator {kl_estimator!r}, kl_placement {kl_placement!r}", strict)
         warn_of_sampling(trainer.args, kl_estimator)
+        seam = rollout_seam(trainer)
+        if seam.penalty_in_loss:
+            raise ValueError(
+                f"{type(trainer).__name__} has its own penalty, k3 in the loss, and no place for another: take "
+                "RLOOTrainer, or watch and steer GRPO's beta with KLMonitorCallback and KLControlCallback"
+            )
         self.trainer = trainer
         self.kl_estimator, self.kl_placement, self.kl_reduction = kl_estimator, kl_placement, kl_reduction
         self.kl_budget_per_token = kl_budget_per_token
         self.options = {"direction": kl_direction, "k": kl_top_k}
-        seam = rollout_seam(trainer)
         if kl_estimator in kl.FULL_VOCABULARY:
             kl.full_vocabulary_estimate(kl_estimator, **self.options)  # refuses wrong options now
             seam.need_hidden_states()
@@ -141,7 +146,7 @@ class KLMonitorCallback(TrainerCallback):
             metrics["kl/over_budget_share"].append(totals[-1] / sequences)
         metrics["kl/max_per_sequence"].append(accelerator.gather(best).max().item())
         metrics["kl/beta"].append(self.trainer.beta)
-        if self.trainer.beta != 0:
+        if self.trainer.beta != 0 and not self.seam.penalty_in_loss:
             penalty_std = self.trainer.beta * accelerator.gather(self.seam.last_penalty).std(correction=0).item()
             reward_std = last_reward_std(self.trainer, int(sequences))
             spread = penalty_std + reward_std
