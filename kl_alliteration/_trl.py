@@ -135,6 +135,7 @@ class RolloutSeam:
         self.budget_per_token: float | None = None
         self.baseline = True
         self.reference_at_beta_zero = False
+        self.watch_rollout_policy = False  # log, in the loss, how far the policy is from the one that sampled
         self.score_base = False  # score with the adapter off too; the model has one
         self._one_forward = False
         self._kept: tuple | None = None  # (logps, entropies, states, head) with their graph, for the loss to come
@@ -323,14 +324,19 @@ class RolloutSeam:
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()}")
         trainer = self.trainer
+        scored, self._loss_scored = self._loss_scored, None
+        if self.watch_rollout_policy and scored is not None and trainer.model.training:
+            new_logps = (scored[0].detach() * inputs["completion_mask"]).sum(1)
+            moved = trainer.accelerator.gather(inputs["old_logps"] - new_logps).mean().item()
+            self.metrics["kl/rollout_per_sequence"].append(moved)
         if self.loss_penalty is None or trainer.beta == 0:
             return loss
-        if self._loss_scored is None or "kl_ref_logps" not in inputs:
+        if scored is None or "kl_ref_logps" not in inputs:
             raise UnknownTRLError(
                 f"trl {trl.__version__} computed a loss without log-probabilities of its batch: kl_alliteration was "
                 f"written against trl {READ_FROM}"
             )
-        (logps, states, head), self._loss_scored = self._loss_scored, None
+        logps, states, head = scored
         mask = inputs["completion_mask"]
         hidden = None if states is None else HiddenStates(states, inputs["kl_ref_hidden"], head, self._ref_head)
         estimates, self._kept_estimates = self._kept_estimates, {}

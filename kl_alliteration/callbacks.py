@@ -106,7 +106,9 @@ class KLMonitorCallback(TrainerCallback):
     `kl/{k1,k2,k3}_per_token` and `_per_sequence`, with `exact` also `kl/exact_...`; `kl/max_per_sequence`, the
     furthest completion of the batch; `kl/beta`; `kl/share_of_spread`, the standard deviation of the penalty in the
     reward over that of penalty and reward added up; with a budget `kl/budget_use`, KL over budget, and
-    `kl/over_budget_share`.
+    `kl/over_budget_share`; where completions are used for several updates (`num_iterations` > 1)
+    `kl/rollout_per_sequence`, the mean log-ratio of the policy that sampled them and the policy as it is: what
+    clipping bounds, and no bound on the KL to the reference.
 
     Args:
         trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
@@ -124,6 +126,7 @@ class KLMonitorCallback(TrainerCallback):
             self.seam.need_hidden_states()
         warn_of_sampling(trainer.args, "exact" if exact else "k1")
         self.seam.observers.append(self.observe)
+        self.seam.watch_rollout_policy = trainer.num_iterations > 1
 
     def observe(self, rollout: Rollout) -> None:
         accelerator, metrics, mask = self.trainer.accelerator, self.seam.metrics, rollout.completion_mask

@@ -157,3 +157,27 @@ def test_half_the_batch_on_each_of_two_processes_learns_as_one(two_processes, ti
 
 def test_the_exact_kl_reads_a_head_that_fsdp2_shards(two_processes):
     assert two_processes["sharded"] is True
+
+
+def test_several_updates_of_one_batch_show_how_far_the_policy_went_from_the_one_that_sampled(make_trainer):
+    trainer = make_trainer(num_iterations=3, max_steps=6, learning_rate=3e-2)
+    trainer.add_callback(KLMonitorCallback(trainer))
+    ratios, compute = [], trainer._kl_alliteration_seam._compute_loss
+
+    def spy(model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        with torch.no_grad():
+            logits = trainer.model(ids, attention_mask=mask).logits[:, :-1] / trainer.temperature
+        logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0][:, -inputs["completion_ids"].shape[1] :]
+        new = (logps * inputs["completion_mask"]).sum(1)
+        ratios.append((inputs["old_logps"] - new).mean().item())
+        return compute(model, inputs)
+
+    trainer._kl_alliteration_seam._compute_loss = spy
+    trainer.train()
+    logged = [e["kl/rollout_per_sequence"] for e in trainer.state.log_history if "kl" in e]
+    assert logged == pytest.approx(ratios, abs=1e-4)
+    assert (
+        logged[0] == pytest.approx(0, abs=1e-5) and abs(logged[2]) > 1e-3 and logged[3] == pytest.approx(0, abs=1e-5)
+    )
