@@ -130,7 +130,7 @@ def main():
         write_recipe(folder / "recipe.yaml", parser)
         print(f"{summary['seconds']:.0f} s. Model, curves.png, stories.md, metrics.jsonl, summary.json: {folder}")
     pushed = not training_args.push_to_hub or push_run(trainer, args, before, after)
-    trainer.end()
+    trainer.accelerator.end_training()
     if not pushed:
         sys.exit(1)
 
