@@ -65,9 +65,11 @@ def test_other_options_in_the_same_folder_are_refused(recipe, tmp_path):
         run_all([Run("a", {"ending": "well", "seed": 1})], recipe, tmp_path, CPU)
 
 
-def test_a_run_goes_on_from_its_last_checkpoint(recipe, tmp_path):
-    (tmp_path / "a" / "checkpoint-20").mkdir(parents=True)
-    (tmp_path / "a" / "checkpoint-100").mkdir()
+def test_a_run_goes_on_from_its_last_complete_checkpoint(recipe, tmp_path):
+    for step, state in ((20, "{}"), (100, "{}"), (120, '{"epoch": 0.'), (140, None)):
+        (tmp_path / "a" / f"checkpoint-{step}").mkdir(parents=True)
+        if state is not None:
+            (tmp_path / "a" / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     command = launch_command(Run("a", {"beta": 0.3}, ("--reward_funcs", "x.y", "z.w")), recipe, tmp_path, CPU, 1)
     assert command[-2:] == ["--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-100")]
     assert "--reward_funcs x.y z.w --beta 0.3" in " ".join(command)
