@@ -434,11 +434,11 @@ class CheckedReward:
 
     def __call__(self, prompts, completions, **kwargs):
         rewards = self.answer(prompts=prompts, completions=completions, **kwargs)
+        rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards  # a tensor or array
         if not isinstance(rewards, (list, tuple)):
             raise TrainingStopped(
                 f"reward_funcs: {self.path} returned a {type(rewards).__name__}, not a list of rewards"
             )
-        rewards = list(rewards)
         if len(rewards) != len(completions):
             raise TrainingStopped(
                 f"reward_funcs: {self.path} returned {len(rewards)} rewards for {len(completions)} completions"
@@ -640,7 +640,11 @@ def push_run(trainer, args: StoryArguments, before: Judgement, after: Judgement)
 def write_recipe(path: Path, parser: RecipeParser) -> None:
     """The options that were given as a YAML for `--config`, under the command that was run."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    words = ["***" if before == "--hub_token" else word for before, word in zip(["", *words], words, strict=False)]
+    for i, word in enumerate(words):
+        if word.startswith("--hub_token="):
+            words[i] = "--hub_token=***"
+        elif word == "--hub_token":
+            words[i + 1] = "***"
     options = {name: value for name, value in parser.given.items() if name != "hub_token"}
     text = f"# accelerate launch recipes/{shlex.join(words)}\n# kl_alliteration {version('kl_alliteration')}, "
     text += f"trl {version('trl')}, transformers {version('transformers')}, torch {version('torch')}\n"

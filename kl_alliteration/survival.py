@@ -101,6 +101,7 @@ def train_or_say_why(trainer, train) -> None:
         raise stopped from error
     finally:
         trainer.remove_callback(callback)
+    Path(folder, "error.txt").unlink(missing_ok=True)  # of the run that this one went on from
     if callback.terminated:
         good = last_checkpoint(folder)
         raise Terminated(f"SIGTERM at step {trainer.state.global_step}; {go_on_from(good)}")

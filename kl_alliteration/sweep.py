@@ -199,6 +199,8 @@ def parse_sweep(arguments: type[SweepArguments], defaults: Path) -> tuple[SweepA
     args, options = TrlParser((arguments,), allow_abbrev=False).parse_args_and_config(
         argv, return_remaining_strings=True
     )
+    if any(word.split("=")[0] == "--hub_token" for word in options):
+        raise ValueError("hub_token: a sweep writes its commands into logs; set HF_TOKEN, or run `hf auth login`")
     return args, ("--config", args.recipe_config, *options)
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import RLOOTrainer
+from trl import ModelConfig, RLOOConfig, RLOOTrainer
 
 from kl_alliteration.adapters import load_adapter
+from kl_alliteration.recipe import RecipeParser, StoryArguments, parse_recipe, write_recipe
 from kl_alliteration.reward_model import AlliterationRewardModel
 from kl_alliteration.story_lm import MODEL_PATH
 from kl_alliteration.sweep import end_orphan
@@ -276,6 +277,20 @@ def test_refusals(tmp_path, monkeypatch, capsys, options, says):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert says in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]])
+def test_a_token_is_in_no_file(tmp_path, monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["rloo_tall_tree.py", "--output_dir", "out", *words, "--beta", "2"])
+    parser = RecipeParser((StoryArguments, RLOOConfig, ModelConfig), ROOT / "recipes/rloo_tall_tree.yaml")
+    parse_recipe(parser)
+    write_recipe(tmp_path / "recipe.yaml", parser)
+    written = (tmp_path / "recipe.yaml").read_text()
+    assert "hf_secret" not in written and "--hub_token" in written and "beta: 2.0" in written
+    done = run("--betas", "1", *words, cwd=tmp_path, recipe="sweep_beta.py", check=False)
+    assert (
+        done.returncode == 2 and "error: hub_token: a sweep writes its commands into logs; set HF_TOKEN" in done.stderr
+    )
 
 
 def test_a_trl_with_other_private_names_is_refused_before_training(tmp_path, monkeypatch, capsys):

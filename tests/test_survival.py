@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from kl_alliteration.recipe import CheckedReward
@@ -162,6 +163,8 @@ def test_a_signal_is_only_caught_while_training(make_trainer):
 def test_a_reward_may_take_its_time():
     slow = CheckedReward(lambda prompts, completions: time.sleep(0.1) or [1.0], "slow", timeout=5)
     assert slow(["a"], ["b"]) == [1.0]
+    of_tensor = CheckedReward(lambda prompts, completions: torch.tensor([1.5, 2.0]), "tensor", timeout=5)
+    assert of_tensor(["a"] * 2, ["b"] * 2) == [1.5, 2.0]
     with pytest.raises(TrainingStopped, match="raised TimeoutError: mine"):
         CheckedReward(_own_timeout, "own", timeout=5)(["a"], ["b"])
 
