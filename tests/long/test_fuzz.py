@@ -91,6 +91,52 @@ def test_options(options):
     event("accepted" if parsed else "refused")
 
 
+PLAUSIBLE = {
+    "beta": st.floats(0, 50),
+    "learning_rate": st.floats(1e-9, 1),
+    "num_generations": st.sampled_from([2, 4, 5, 8, 10, 20, 40]),
+    "max_steps": st.integers(1, 10_000),
+    "max_completion_length": st.integers(1, 2_000),
+    "temperature": st.floats(0.1, 3),
+    "seed": st.integers(0, 2**31),
+    "num_iterations": st.integers(1, 4),
+    "logging_steps": st.integers(1, 100),
+    "kl_estimator": st.sampled_from(["k1", "k2", "k3", "abs", "exact", "top_k"]),
+    "kl_placement": st.sampled_from(["reward", "loss", "both"]),
+    "kl_reduction": st.sampled_from(["sum", "mean"]),
+    "kl_direction": st.sampled_from(["reverse", "forward"]),
+    "kl_budget_per_token": st.floats(0, 2) | st.just("none"),
+    "kl_controller": st.sampled_from(["fixed", "pi", "step"]),
+    "target_kl_per_token": st.floats(0, 1),
+    "baseline": st.sampled_from(["leave_one_out", "none"]),
+    "collapse_guard": st.sampled_from(["off", "warn", "stop", "rollback"]),
+    "use_peft": st.booleans(),
+    "lora_r": st.integers(1, 64),
+    "kl_reference": st.sampled_from(["start", "base", "moving_average", "reset"]),
+    "reset_at_kl": st.floats(0, 10),
+    "kl_limit": st.floats(0, 100),
+    "eval_stories": st.integers(0, 1_000),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["words", "yaml"])
+@CASES
+@given(options=st.fixed_dictionaries({}, optional=PLAUSIBLE))
+def test_plausible_options(way, options):
+    """Often accepted, and then each has the value that was asked for, by either way."""
+    if way == "words":
+        parsed, _ = attempt([word for name, value in options.items() for word in (f"--{name}", str(value))])
+    else:
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            yaml.safe_dump(options, file)
+            file.flush()
+            parsed, _ = attempt(["--config", file.name])
+    for name, value in options.items() if parsed else ():
+        assert value_of(parsed, name) == (None if value == "none" and name == "kl_budget_per_token" else value), name
+    event("accepted" if parsed else "refused")
+
+
 @pytest.mark.long
 @CASES
 @given(st.dictionaries(NAMES, VALUES, min_size=1, max_size=4) | VALUES)
