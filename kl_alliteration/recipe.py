@@ -265,7 +265,10 @@ def from_yaml(action, value):
 
 def float_or_none(value: str) -> float | None:
     """So that the command line can take away what a YAML file gives."""
-    return None if value.lower() == "none" else float(value)
+    try:
+        return None if value.lower() == "none" else float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or none, got {value!r}") from None
 
 
 def one_line_errors(main):
