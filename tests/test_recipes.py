@@ -264,7 +264,7 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--use_peft", "--sync_ref_model"], "with an adapter it is --kl_reference moving_average"),
         (["--adapter_name_or_path", "./nowhere"], "adapter_name_or_path: there is no folder './nowhere'"),
         (["--num_generations", "many"], "invalid int value: 'many'"),
-        (["--kl_budget_per_token", "much"], "argument --kl_budget_per_token: must be a number or none, got 'much'"),
+        (["--kl_budget_per_token", "much"], "must be a number or none, got 'much'"),
     ],
 )
 def test_refusals(tmp_path, monkeypatch, capsys, options, says):
