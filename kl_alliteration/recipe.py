@@ -200,9 +200,12 @@ class RecipeParser(TrlParser):
             args = ["--config", str(self.defaults), *args]
         elif args[-1] == "--config":
             raise ValueError("--config needs the path of a YAML file")
-        # bf16 where the GPU has it, else float32; RLOOConfig alone says bf16 everywhere and then refuses on a CPU.
-        on_cpu = "--use_cpu" in args or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        # bf16 where the GPU has it, else float32; RLOOConfig alone says bf16 everywhere and then refuses on a CPU. And
+        # it has to be told that there is no GPU, or each of several processes trains alone.
+        asked_for = "--use_cpu" in args or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        on_cpu = asked_for or not torch.accelerator.is_available()
         self.set_defaults(bf16=not on_cpu and "--fp16" not in args and is_torch_bf16_gpu_available())
+        self.set_defaults(use_cpu=on_cpu)
         stock = {a.dest: a.default for a in reversed(self._actions)}  # the first one's counts; --no_x comes later
         try:
             *parsed, unknown = self.parse_args_and_config(args, return_remaining_strings=True)

@@ -66,6 +66,20 @@ def test_accelerate_launch_writes_everything_it_promises(tmp_path):
     assert [line["generations"] for line in lines[:2]] == [40, 80]
 
 
+def test_two_processes_train_one_model(tmp_path):
+    """Half a group on each: a process that trained alone would refuse it."""
+    launcher = (
+        "accelerate.commands.launch",
+        "--quiet",
+        "--config_file",
+        str(ROOT / "accelerate_configs/two_cpu.yaml"),
+    )
+    half = "--num_generations", "8", "--per_device_train_batch_size", "4"
+    run("--output_dir", "out", *half, *SMALL, cwd=tmp_path, launcher=launcher)
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [line["generations"] for line in lines[:2]] == [8, 16]
+
+
 def test_peft_saves_a_small_adapter_whose_off_is_the_base(tmp_path):
     run("--output_dir", "out", "--use_peft", "--learning_rate", "1e-2", *SMALL, cwd=tmp_path)
     out = tmp_path / "out"
