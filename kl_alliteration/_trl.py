@@ -258,7 +258,8 @@ class RolloutSeam:
             )
             length = output["completion_ids"].shape[1]
             asked = input_ids, attention_mask, length, trainer.args.per_device_train_batch_size
-            with torch.no_grad(), torch.random.fork_rng():
+            device = trainer.accelerator.device
+            with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 (logps, *_), states, head = self._score(trainer.model, *asked)
                 self._scored = [(logps, states, head)]
                 self._finish_rollout(input_ids, attention_mask, self._score_reference(trainer.model, *asked))

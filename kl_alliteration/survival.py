@@ -48,6 +48,10 @@ class TerminationCallback(TrainerCallback):
             self.terminated = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signal back; a run that raises ends without `on_train_end`."""
         if self.before is not None:
             signal.signal(signal.SIGTERM, self.before)
             self.before = None
@@ -84,8 +88,8 @@ def train_or_say_why(trainer, train) -> None:
         cause = "interrupted" if isinstance(error, KeyboardInterrupt) else cause
         if folder.is_dir() and shutil.disk_usage(folder).free < FULL:  # libraries word it in their own ways
             cause = f"the disk of {folder} is full ({cause})"
+        good = last_checkpoint(folder)
         if trainer.is_world_process_zero():
-            good = last_checkpoint(folder)
             for checkpoint in folder.glob("checkpoint-*"):
                 if not is_complete(checkpoint):
                     shutil.rmtree(checkpoint, ignore_errors=True)
@@ -93,13 +97,12 @@ def train_or_say_why(trainer, train) -> None:
                 Path(folder, "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
             except OSError:
                 pass  # a full disk
-        else:
-            good = None
         stopped = TrainingStopped(f"stopped at step {trainer.state.global_step}: {cause}; {go_on_from(good)}")
         if isinstance(error, KeyboardInterrupt):
             stopped.status = 130  # a shell's for Ctrl-C
         raise stopped from error
     finally:
+        callback.restore()
         trainer.remove_callback(callback)
     Path(folder, "error.txt").unlink(missing_ok=True)  # of the run that this one went on from
     if callback.terminated:

@@ -18,6 +18,28 @@ torch.set_num_threads(1)  # tiny models: a second thread costs more than it give
 WORDS = "<eos> <pad> <unk> once upon a time there was tall tree that tried to touch the top of sky and fox".split()
 
 
+# Options of RLOOConfig and GRPOConfig: three short steps on a CPU, silent; two groups of four a batch.
+TINY_RUN = {
+    "beta": 0.5,
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 6,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+}
+
+
+def reward(completions, **kwargs):
+    return [float(text.split().count("tree") + len(text.split()) / 10) for text in completions]
+
+
 def word_tokenizer(words: list[str], unk_token: str = "<eos>", pad_token: str = "<eos>") -> PreTrainedTokenizerFast:
     """One token a word, split on spaces; the first word is `<eos>`."""
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=unk_token))
@@ -50,34 +72,14 @@ def tiny_model(tmp_path_factory):
 def make_trainer(tiny_model, tmp_path):
     """`make_trainer(lora=False, **RLOOConfig options)`: a stock trainer on the tiny model."""
 
-    def reward(completions, **kwargs):
-        return [float(text.split().count("tree") + len(text.split()) / 10) for text in completions]
-
     plain_lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
     def make(lora: bool | LoraConfig = False, reward_funcs=reward, reward_processing_classes=None, **options):
-        defaults = {
-            "output_dir": str(tmp_path),
-            "beta": 0.5,
-            "learning_rate": 1e-2,
-            "per_device_train_batch_size": 8,
-            "num_generations": 4,
-            "max_completion_length": 6,
-            "max_steps": 3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "seed": 3,
-        }
         trainer = RLOOTrainer(
             model=str(tiny_model),
             reward_funcs=reward_funcs,
             reward_processing_classes=reward_processing_classes,
-            args=RLOOConfig(**defaults | options),
+            args=RLOOConfig(**TINY_RUN | {"output_dir": str(tmp_path), "seed": 3} | options),
             train_dataset=Dataset.from_dict({"prompt": ["once upon a time", "there was a"] * 8}),
             peft_config=plain_lora if lora is True else lora or None,
         )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import TINY_RUN, reward
 from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
@@ -19,29 +20,10 @@ OURS = ("kl/", "guard/")
 TIMES = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "profiling")
 
 
-def reward(completions, **kwargs):
-    return [float(text.split().count("tree") + len(text.split()) / 10) for text in completions]
-
-
 @pytest.fixture
 def make_grpo(tiny_model, tmp_path):
     def make(lora=False, **options):
-        defaults = {
-            "output_dir": str(tmp_path),
-            "beta": 0.3,
-            "learning_rate": 1e-2,
-            "per_device_train_batch_size": 8,
-            "num_generations": 4,
-            "max_completion_length": 6,
-            "max_steps": 4,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-        }
+        defaults = TINY_RUN | {"output_dir": str(tmp_path), "beta": 0.3, "max_steps": 4}
         config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.2, task_type="CAUSAL_LM")
         return GRPOTrainer(
             model=str(tiny_model),

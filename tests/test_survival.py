@@ -140,9 +140,10 @@ def test_ctrl_c(make_trainer):
 
     trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=1)
     trainer.add_callback(Person())
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TrainingStopped, match="stopped at step 2: interrupted; the last good .*checkpoint-2") as e:
         train_or_say_why(trainer, trainer.train)
-    assert e.value.status == 130
+    assert e.value.status == 130 and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_signal_is_only_caught_while_training(make_trainer):

@@ -5,11 +5,13 @@ over the completions of both processes; a rule that moves beta, seen from both. 
 """
 
 import json
+import os
 import sys
 import tempfile
 
 import torch
 from accelerate.utils import gather_object
+from conftest import TINY_RUN, reward
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,27 +26,11 @@ from kl_alliteration.control import LogPIRule
 torch.set_num_threads(1)
 
 
-def reward(completions, **kwargs):
-    return [float(text.split().count("tree") + len(text.split()) / 10) for text in completions]
-
-
 def make(folder: str, lora: bool, accumulation: int, **options) -> RLOOTrainer:
-    defaults = {
+    defaults = TINY_RUN | {
         "output_dir": tempfile.mkdtemp(),
-        "beta": 0.5,
-        "learning_rate": 1e-2,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": accumulation,
-        "num_generations": 4,
-        "max_completion_length": 6,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
     }
     return RLOOTrainer(
         model=folder,
@@ -153,7 +139,11 @@ def main(folder: str) -> None:
         found["logged"] = {name: entry[name] for name in found["pooled"]}
         found["lengths"] = [n for _, n in last]
         found["exact"] = entry["kl/exact_per_token"]
-        print("FOUND " + json.dumps(found))
+        print("FOUND " + json.dumps(found), flush=True)
+    trainer.accelerator.end_training()
+    # All is said. FSDP2 on CPUs leaves a thread behind that aborts one interpreter in four on its way out; without
+    # `sharded_exact_kl` none does.
+    os._exit(0)
 
 
 if __name__ == "__main__":

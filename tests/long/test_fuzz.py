@@ -144,9 +144,13 @@ def test_yaml_files(content):
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(content, file)
         file.flush()
-        parsed, _ = attempt(["--config", file.name])
-    for name in content if parsed else ():
-        value_of(parsed, name)
+        parsed, line = attempt(["--config", file.name])
+    assert (parsed is None) == (line is not None)
+    assert isinstance(content, dict) or parsed is None
+    for name, value in content.items() if parsed else ():
+        found = value_of(parsed, name)  # an unknown name is not accepted
+        if isinstance(value, bool) and isinstance(found, bool):
+            assert found is value
     event("accepted" if parsed else "refused")
 
 
@@ -155,10 +159,13 @@ def test_yaml_files(content):
 @given(st.data())
 def test_yaml_text(data):
     text = data.draw(st.text(max_size=40) | st.binary(max_size=40))
-    with tempfile.NamedTemporaryFile("wb", suffix=".yaml") as file:
+    with tempfile.NamedTemporaryFile("w+b", suffix=".yaml") as file:
         file.write(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
         file.flush()
-        attempt(["--config", file.name])
+        parsed, line = attempt(["--config", file.name])
+        assert (parsed is None) == (line is not None)
+        file.seek(0)
+        assert parsed is None or isinstance(yaml.safe_load(file.read()), dict)
 
 
 @pytest.mark.long
