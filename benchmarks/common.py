@@ -87,7 +87,7 @@ def runs_parser(doc: str, folder: str) -> argparse.ArgumentParser:
 
 def run_groups(groups: dict[str, list[Run]], args: argparse.Namespace) -> dict[str, list[Path]]:
     """Bring all runs of `rloo_tall_tree` to their end; their folders by group. Exits where one failed."""
-    recipe, config = ROOT / "recipes/rloo_tall_tree.py", str(ROOT / "accelerate_configs/cpu.yaml")
-    if run_all([run for group in groups.values() for run in group], recipe, args.folder, config, args.at_a_time):
+    config = str(ROOT / "accelerate_configs/cpu.yaml")
+    if run_all([run for group in groups.values() for run in group], args.folder, config, args.at_a_time):
         raise SystemExit(1)
     return {name: [args.folder / run.name for run in group] for name, group in groups.items()}

@@ -231,7 +231,8 @@ def warn_of_sampling(args, kl_estimator: str) -> None:
 class MetricsFileCallback(TrainerCallback):
     """Every log as one JSON line, with `generations` (completions sampled so far) and `beta` beside TRL's metrics.
 
-    The file is written from the trainer's history when training starts, so a resumed run has no doubled lines.
+    Of a trainer that samples none, `pairs`, what it has seen of its dataset. The file is written from the trainer's
+    history when training starts, so a resumed run has no doubled lines.
     """
 
     def __init__(self, trainer, path: str | Path):
@@ -248,7 +249,8 @@ class MetricsFileCallback(TrainerCallback):
         entry = state.log_history[-1]
         # The entry is the trainer's own, so a checkpoint carries the two columns too.
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        entry["generations"] = state.global_step * batch // self.trainer.num_iterations
+        iterations = getattr(self.trainer, "num_iterations", None)
+        entry["generations" if iterations else "pairs"] = state.global_step * batch // (iterations or 1)
         entry["beta"] = self.trainer.beta
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
@@ -259,7 +261,7 @@ class StoryProgressCallback(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:
-            shown = {"reward": "reward", "kl": "KL/token", "entropy": "entropy"}
+            shown = {"reward": "reward", "kl": "KL/token", "rewards/accuracies": "ranked right", "entropy": "entropy"}
             values = {label: f"{logs[name]:.2f}" for name, label in shown.items() if logs.get(name) is not None}
             if values:
                 self.training_bar.set_postfix(values)

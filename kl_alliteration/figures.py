@@ -22,18 +22,26 @@ PANELS = (
     ("beta", "beta (reward per nat)", PURPLE),
     ("entropy", "entropy (nats per token)", GREEN),
 )
+PREFERENCE_PANELS = (
+    ("rewards/accuracies", "pairs that are ranked right (share)", BLUE),
+    ("rewards/margins", "margin: beta times the difference of log-ratios", ORANGE),
+    ("rewards/chosen", "beta times the log-ratio of the chosen", PURPLE),
+    ("entropy", "entropy (nats per token)", GREEN),
+)
 
 
 def plot_curves(log_history: list[dict], path: str | Path, title: str = "", base_reward: float | None = None) -> None:
-    """`curves.png` of one run: reward, KL per token, beta and entropy over generations.
+    """`curves.png` of one run: reward, KL per token, beta and entropy over generations; of DPO its margins over pairs.
 
     Args:
         log_history (`list[dict]`): The lines of `metrics.jsonl`; an entry without a quantity is left out of its panel.
         base_reward (`float`, *optional*): Drawn as a dashed line.
     """
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, layout="constrained")
-    for axis, (name, label, color) in zip(axes.flat, PANELS, strict=True):
-        points = [(e["generations"], e[name]) for e in log_history if e.get(name) is not None and "generations" in e]
+    ranked = any("pairs" in entry for entry in log_history)
+    unit, panels = ("pairs", PREFERENCE_PANELS) if ranked else ("generations", PANELS)
+    for axis, (name, label, color) in zip(axes.flat, panels, strict=True):
+        points = [(e[unit], e[name]) for e in log_history if e.get(name) is not None and unit in e]
         if points:
             axis.plot(*zip(*points, strict=True), color=color, linewidth=2)
         else:
@@ -42,11 +50,11 @@ def plot_curves(log_history: list[dict], path: str | Path, title: str = "", base
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
         axis.set_ylim(bottom=min(0, *(y for _, y in points)) if points else 0)
-    if base_reward is not None:
+    if base_reward is not None and not ranked:
         axes[0, 0].axhline(base_reward, color="0.4", linestyle="--", linewidth=1)
         axes[0, 0].annotate("before", (1, base_reward), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     for axis in axes[1]:
-        axis.set_xlabel("generations")
+        axis.set_xlabel(unit)
     figure.suptitle(title, fontsize=13)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -71,7 +79,10 @@ def read_run(folder: str | Path) -> dict:
 
 
 def plot_frontier(frontier: list[dict], runs: list[dict], path: str | Path) -> None:
-    """Reward over KL per sequence: best-of-n with its band, and runs from [`read_run`], which may have a `color`."""
+    """Reward over KL per sequence: best-of-n with its band, and runs from [`read_run`].
+
+    A run may have a `color`, `labels` of its points, and `dots`, more points around its line.
+    """
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     if frontier:
         kl = [point["kl_per_sequence"] for point in frontier]
@@ -80,10 +91,16 @@ def plot_frontier(frontier: list[dict], runs: list[dict], path: str | Path) -> N
         last = frontier[-1]
         end = last["kl_per_sequence"], last["reward"]
         axis.annotate(f" best of n, to {last['n']:,}", end, fontsize=11, path_effects=HALO)
-    for run, color in zip(runs, cycle(COLORS), strict=False):
+    for i, (run, color) in enumerate(zip(runs, cycle(COLORS), strict=False)):
         color = run.get("color", color)
         axis.plot(*zip(*run["points"], strict=True), color=color, linewidth=1.5)
-        axis.annotate(f" {run['name']}", run["points"][-1], color=color, fontsize=11, path_effects=HALO)
+        if "dots" in run:
+            axis.scatter(*zip(*run["dots"], strict=True), color=color, s=16, alpha=0.6, linewidths=0)
+        for label, place in zip(run.get("labels", ()), run["points"], strict=False):
+            axis.plot(*place, "o", color=color, markersize=6)
+            offset = {"xytext": (0, -15 if i % 2 else 7), "textcoords": "offset points", "ha": "center"}
+            axis.annotate(label, place, color=color, fontsize=9, path_effects=HALO, **offset)
+        axis.annotate(f"  {run['name']}", run["points"][-1], color=color, fontsize=11, va="center", path_effects=HALO)
     if max((kl for run in runs for kl, _ in run["points"]), default=0) > WIDE:
         axis.set_xscale("symlog", linthresh=1)
         axis.set_xlim(left=0)
@@ -101,10 +118,8 @@ def plot_groups(groups: dict[str, list[Path]], name: str, label: str, path: str 
 
     `False`, and no file, where no log has it.
     """
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    ends = []
-    for (group, folders), color in zip(groups.items(), cycle(COLORS), strict=False):
-        lines = [
+    lines = {
+        group: [
             [
                 (e["generations"], e[name])
                 for e in read_metrics(folder)
@@ -112,20 +127,44 @@ def plot_groups(groups: dict[str, list[Path]], name: str, label: str, path: str 
             ]
             for folder in folders
         ]
-        for points in filter(None, lines):
-            axis.plot(*zip(*points, strict=True), color=color, linewidth=1.4, alpha=0.8)
-        if last := [points[-1] for points in lines if points]:
-            ends.append((sum(y for _, y in last) / len(last), max(x for x, _ in last), group, color))
-    if ends:
-        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
-        _label_ends(axis, ends)
+        for group, folders in groups.items()
+    }
+    return plot_lines({label: lines}, path)
+
+
+def plot_lines(
+    panels: dict[str, dict[str, list[list[tuple]]]], path: str | Path, mark: tuple[float, str] | None = None
+) -> bool:
+    """Panels of quantities over generations: label to group to a line of `(generations, value)` a seed.
+
+    `mark` is a place on the horizontal axis with its name. `False`, and no file, where all lines are empty.
+    """
+    height = 5 if len(panels) == 1 else 3.2 * len(panels)
+    figure, axes = plt.subplots(len(panels), 1, figsize=(9, height), sharex=True, squeeze=False, layout="constrained")
+    drawn = False
+    for axis, (label, groups) in zip(axes[:, 0], panels.items(), strict=True):
+        ends = []
+        for (group, lines), color in zip(groups.items(), cycle(COLORS), strict=False):
+            for points in filter(None, lines):
+                axis.plot(*zip(*points, strict=True), color=color, linewidth=1.4, alpha=0.8)
+            if last := [points[-1] for points in lines if points]:
+                ends.append((sum(y for _, y in last) / len(last), max(x for x, _ in last), group, color))
+        if mark is not None:
+            axis.axvline(mark[0], color="0.4", linestyle="--", linewidth=1)
+        if ends:
+            drawn = True
+            axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+            _label_ends(axis, ends, step=0.06 * 5 / (height / len(panels)))
         axis.set_title(label, loc="left", fontsize=14)
-        axis.set_xlabel("generations", fontsize=12)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
+    if mark is not None:
+        axes[0, 0].annotate(f"{mark[1]} ", (mark[0], 1), xycoords=("data", "axes fraction"), ha="right", va="top")
+    axes[-1, 0].set_xlabel("generations", fontsize=12)
+    if drawn:
         figure.savefig(path, dpi=120)
     plt.close(figure)
-    return bool(ends)
+    return drawn
 
 
 def _label_ends(axis, ends: list[tuple[float, float, str, str]], step: float = 0.06) -> None:

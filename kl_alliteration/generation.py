@@ -162,29 +162,17 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(trim_threshold, -1) and libc.mallopt(mmap_max, 0))
 
 
-def use_fast_sampling(trainer, one_forward: bool = True, keep_memory: bool = True) -> None:
-    """Let a stock trainer sample its completions with this module: `generate` of its model is replaced.
+def use_fast_generate(model, sharded: bool = False) -> None:
+    """Replace `generate` of a model, full or LoRA, by this module's sampling, where that knows how.
 
-    Supported are Llama, Qwen2, GPT-2 and GPT-Neo, full or LoRA, with temperature, top-k, top-p, min-p, any set of
-    end-of-text tokens and left padding. Dropout is off while sampling. Anything else goes to transformers' own
-    `generate` with one line in the log, and so do sharded weights (FSDP, DeepSpeed). With vLLM there is nothing to do.
-
-    `one_forward`: where a generation batch is one update, the loss uses the scoring pass and its graph in place of a
-    second forward pass. It holds the graph while the reference scores and the rewards are computed.
-
-    `keep_memory`: on a CPU, [`keep_freed_memory`].
+    Args:
+        sharded (`bool`): No process has the whole weights (FSDP, DeepSpeed): leave it all to the old one, and say so.
     """
-    if keep_memory and trainer.accelerator.device.type == "cpu":
-        keep_freed_memory()
-    if one_forward:
-        rollout_seam(trainer).one_forward()
-    accelerator = trainer.accelerator
-    model = accelerator.unwrap_model(trainer.model)
     original, said = model.generate, set()
 
     def generate(input_ids=None, attention_mask=None, generation_config=None, **others):
         try:
-            if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+            if sharded:
                 raise Unsupported("the weights are sharded")
             if input_ids is None or generation_config is None:
                 raise Unsupported("generate was called without input_ids or generation_config")
@@ -200,3 +188,25 @@ def use_fast_sampling(trainer, one_forward: bool = True, keep_memory: bool = Tru
         )
 
     model.generate = generate
+
+
+def use_fast_sampling(trainer, one_forward: bool = True, keep_memory: bool = True) -> None:
+    """Let a stock trainer sample its completions with this module: `generate` of its model is replaced.
+
+    Supported are Llama, Qwen2, GPT-2 and GPT-Neo, full or LoRA, with temperature, top-k, top-p, min-p, any set of
+    end-of-text tokens and left padding. Dropout is off while sampling. Anything else goes to transformers' own
+    `generate` with one line in the log, and so do sharded weights (FSDP, DeepSpeed). With vLLM there is nothing to do.
+
+    `one_forward`: where a generation batch is one update, the loss uses the scoring pass and its graph in place of a
+    second forward pass. It holds the graph while the reference scores and the rewards are computed.
+
+    `keep_memory`: on a CPU, [`keep_freed_memory`].
+    """
+    accelerator = trainer.accelerator
+    if keep_memory and accelerator.device.type == "cpu":
+        keep_freed_memory()
+    if one_forward:
+        rollout_seam(trainer).one_forward()
+    use_fast_generate(
+        accelerator.unwrap_model(trainer.model), sharded=accelerator.distributed_type in ("FSDP", "DEEPSPEED")
+    )

@@ -50,10 +50,10 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}".rstrip(": ")
 
 
-def write_card(
-    folder: Path, repo_id: str, model, penalty: str, rewards: list[str], before: Judgement, after: Judgement
-) -> None:
+def write_card(folder: Path, trainer, penalty: str, rewards: list[str], before: Judgement, after: Judgement) -> None:
     """`README.md`: what the model is, how it was trained, numbers and stories before and after, how to load it."""
+    repo_id, trained_with = trainer.hub_model_id, type(trainer).__name__
+    model = trainer.accelerator.unwrap_model(trainer.model)
     adapter = isinstance(model, PeftModel)
     base = model.peft_config["default"].base_model_name_or_path if adapter else model.config.name_or_path
     on_hub = bool(base) and base != EMBEDDED and not Path(base).is_dir()
@@ -61,7 +61,7 @@ def write_card(
         base_model=base if on_hub else None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["trl", "rloo", "kl_alliteration", *(["lora"] if adapter else [])],
+        tags=["trl", trained_with.removesuffix("Trainer").lower(), "kl_alliteration", *(["lora"] if adapter else [])],
         model_name=repo_id.split("/")[-1],
     )
     if base == EMBEDDED:
@@ -91,7 +91,7 @@ def write_card(
 
 # {repo_id.split("/")[-1]}
 
-{"A LoRA adapter for" if adapter else "Fine-tuned from"} {base}, trained with TRL's `RLOOTrainer` and
+{"A LoRA adapter for" if adapter else "Fine-tuned from"} {base}, trained with TRL's `{trained_with}` and
 `kl_alliteration`.
 
 - Reward: {", ".join(f"`{name}`" for name in rewards)}

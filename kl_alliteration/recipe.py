@@ -1,19 +1,14 @@
-"""What the recipes share: options and their errors, rewards by dotted path, prompts."""
+"""What the recipes share: their options, and the errors of these."""
 
 import argparse
 import copy
 import difflib
-import importlib
-import inspect
 import math
 import os
 import re
 import shlex
-import shutil
 import sys
-import threading
-import traceback
-from concurrent.futures import Future
+import time
 from dataclasses import dataclass, field
 from functools import wraps
 from importlib.metadata import version
@@ -21,39 +16,21 @@ from pathlib import Path
 
 import torch
 import yaml
-from datasets import Dataset, load_dataset
-from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer
+from peft import PeftConfig
 from transformers.integrations import is_tensorboard_available
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ScriptArguments, TrlParser
 
 from . import control, kl, reward_model  # noqa: F401  (reward_model: to register it)
-from ._trl import UnknownTRLError, rollout_seam
+from ._trl import UnknownTRLError
 from .adapters import (
-    REFERENCE,
-    MovingAverageReferenceCallback,
-    ReferenceCallback,
-    ResetReferenceCallback,
     base_of,
     check_targets,
-    check_trains,
-    load_adapter,
-    merge,
-    name_base,
-    save_stacked,
 )
-from .callbacks import KLControlCallback, KLMonitorCallback, KLPenaltyCallback
-from .evaluation import Judgement
-from .generation import use_fast_sampling
 from .guard import CollapseGuardCallback
-from .hub import check_hub, push, write_card
-from .runs import last_checkpoint
+from .hub import check_hub
 from .story_lm import MODEL_PATH, PROMPT
-from .survival import TrainingStopped, stop_beyond, train_or_say_why
-
-# TinyStories-33M was trained with this tokenizer and ships none (its model card says so).
-TOKENIZER_OF = {"roneneldan/TinyStories-33M": "EleutherAI/gpt-neo-125M"}
+from .survival import TrainingStopped
 
 ALLITERATION = "kl_alliteration.rewards.alliteration_reward"
 BETA_UNITS = ("sequence", "study")
@@ -72,7 +49,7 @@ REFERENCES = ("start", "base", "moving_average", "reset")
 
 @dataclass
 class StoryArguments(ScriptArguments):
-    """Prompts, rewards and the KL penalty of a story recipe; `dataset_name` and its companions are TRL's."""
+    """Prompts, rewards and judging, of every recipe that trains; `dataset_name` and its companions are TRL's."""
 
     dataset_name: str | None = field(
         default=None,
@@ -88,42 +65,33 @@ class StoryArguments(ScriptArguments):
     reward_funcs: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Rewards by dotted import path, summed (or weighted by --reward_weights). Default: "
+            "help": "Rewards by dotted import path, summed (online, weighted by --reward_weights). Default: "
             f"{ALLITERATION}, where no reward model is named."
         },
     )
+    reward_timeout: float = field(
+        default=1800.0, metadata={"help": "Seconds after which a reward function has hung, and the run stops."}
+    )
+    eval_stories: int = field(default=100, metadata={"help": "Fresh stories that are judged before and after."})
+
+    reward_model_name_or_path = adapter_name_or_path = (
+        None  # options below, where the trainer does something with them
+    )
+
+    def __post_init__(self):
+        if isinstance(self.reward_funcs, str):  # one path in a YAML file
+            self.reward_funcs = [self.reward_funcs]
+        if not self.reward_funcs and not self.reward_model_name_or_path:
+            self.reward_funcs = [ALLITERATION]
+
+
+@dataclass
+class OnlineArguments(StoryArguments):
+    """And what a trainer that samples has besides, whatever its penalty: monitor, rule, references, guard."""
+
     reward_model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "A reward model, a Hub id or a folder with its tokenizer; the first of the rewards."},
-    )
-    kl_estimator: str = field(default="k1", metadata={"help": f"KL estimator: {', '.join(kl.estimators())}."})
-    kl_placement: str = field(
-        default="reward",
-        metadata={"help": "`reward`: subtracted from the reward, as in TRL; `loss`: differentiable; or `both`."},
-    )
-    kl_reduction: str = field(
-        default="sum",
-        metadata={"help": "`sum`: beta is a price per nat of the sequence, as in TRL; `mean`: per nat of a token."},
-    )
-    kl_direction: str = field(
-        default="reverse",
-        metadata={"help": "`reverse`, KL(policy || reference); with kl_estimator `exact` also `forward`."},
-    )
-    kl_budget_per_token: float | None = field(
-        default=None,
-        metadata={
-            "help": "Nats per token that a story may spend for nothing; the penalty is on what is beyond. "
-            "`none` is no budget."
-        },
-    )
-    kl_top_k: int = field(default=64, metadata={"help": "Tokens that kl_estimator `top_k` takes in full."})
-    beta_unit: str = field(
-        default="sequence",
-        metadata={"help": "`sequence`: --beta is TRL's, per nat of a sequence; `study`: the study's, 99 times that."},
-    )
-    baseline: str = field(
-        default="leave_one_out",
-        metadata={"help": "`leave_one_out`: RLOO; `none`: REINFORCE, the reward less the penalty as it is."},
     )
     kl_controller: str = field(
         default="fixed",
@@ -155,9 +123,6 @@ class StoryArguments(ScriptArguments):
     kl_limit: float | None = field(
         default=None, metadata={"help": "KL per sequence, in nats, at which the run stops with an error."}
     )
-    reward_timeout: float = field(
-        default=1800.0, metadata={"help": "Seconds after which a reward function has hung, and the run stops."}
-    )
     collapse_guard: str = field(
         default="warn",
         metadata={
@@ -168,15 +133,59 @@ class StoryArguments(ScriptArguments):
     fast_sampling: bool = field(
         default=True, metadata={"help": "Sample with kl_alliteration's own decoder where it knows the model."}
     )
-    strict: bool = field(default=False, metadata={"help": "Stop where a choice has a null or wrong gradient."})
     show_stories_every: int = field(default=30, metadata={"help": "Steps between tables of stories; 0 shows none."})
-    eval_stories: int = field(default=100, metadata={"help": "Fresh stories that are judged before and after."})
 
-    def __post_init__(self):
-        if isinstance(self.reward_funcs, str):  # one path in a YAML file
-            self.reward_funcs = [self.reward_funcs]
-        if not self.reward_funcs and not self.reward_model_name_or_path:
-            self.reward_funcs = [ALLITERATION]
+
+@dataclass
+class PenaltyArguments(OnlineArguments):
+    """And the choice of the penalty, of RLOO."""
+
+    kl_estimator: str = field(default="k1", metadata={"help": f"KL estimator: {', '.join(kl.estimators())}."})
+    kl_placement: str = field(
+        default="reward",
+        metadata={"help": "`reward`: subtracted from the reward, as in TRL; `loss`: differentiable; or `both`."},
+    )
+    kl_reduction: str = field(
+        default="sum",
+        metadata={"help": "`sum`: beta is a price per nat of the sequence, as in TRL; `mean`: per nat of a token."},
+    )
+    kl_direction: str = field(
+        default="reverse",
+        metadata={"help": "`reverse`, KL(policy || reference); with kl_estimator `exact` also `forward`."},
+    )
+    kl_budget_per_token: float | None = field(
+        default=None,
+        metadata={
+            "help": "Nats per token that a story may spend for nothing; the penalty is on what is beyond. "
+            "`none` is no budget."
+        },
+    )
+    kl_top_k: int = field(default=64, metadata={"help": "Tokens that kl_estimator `top_k` takes in full."})
+    beta_unit: str = field(
+        default="sequence",
+        metadata={"help": "`sequence`: --beta is TRL's, per nat of a sequence; `study`: the study's, 99 times that."},
+    )
+    baseline: str = field(
+        default="leave_one_out",
+        metadata={"help": "`leave_one_out`: RLOO; `none`: REINFORCE, the reward less the penalty as it is."},
+    )
+    strict: bool = field(default=False, metadata={"help": "Stop where a choice has a null or wrong gradient."})
+
+
+@dataclass
+class PairArguments(StoryArguments):
+    """And what is sampled from the base and ranked, of DPO."""
+
+    pairs: int = field(default=2000, metadata={"help": "Pairs to make, where none are of the same reward."})
+    group_size: int = field(default=8, metadata={"help": "Completions of a prompt that are ranked together."})
+    pairs_per_group: int = field(
+        default=2, metadata={"help": "Pairs of a group: best and worst, second best and second worst, ..."}
+    )
+    pairs_from: str | None = field(
+        default=None, metadata={"help": "pairs.jsonl of another run, or such a file: nothing is sampled."}
+    )
+    max_completion_length: int = field(default=100, metadata={"help": "Tokens of a completion, at most."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampling."})
 
 
 class RecipeParser(TrlParser):
@@ -184,7 +193,7 @@ class RecipeParser(TrlParser):
 
     def __init__(self, dataclass_types, defaults: Path, **kwargs):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-        self.defaults = defaults
+        self.defaults, self.started = defaults, time.time()
         for action in self._actions:
             if action.dest in ("kl_budget_per_token", "target_kl_per_token"):
                 action.type = float_or_none
@@ -296,6 +305,30 @@ def one_line_errors(main):
 
 def check_options(args: StoryArguments, training_args, model_args) -> None:
     """Everything that can be refused before a model is loaded, and before anything is written."""
+    if isinstance(args, PenaltyArguments):
+        check_penalty_options(args, training_args)
+    if not training_args.beta >= 0 or math.isinf(training_args.beta):
+        raise ValueError(f"beta must be >= 0 and finite, got {training_args.beta}; 0 trains without a penalty")
+    if not args.reward_timeout > 0:
+        raise ValueError(f"reward_timeout must be > 0, got {args.reward_timeout}")
+    if args.eval_stories < 1:
+        raise ValueError(f"eval_stories must be >= 1, got {args.eval_stories}")
+    check_model_path("model_name_or_path", model_args.model_name_or_path)
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint not in (None, LATEST) and not Path(checkpoint).is_dir():
+        raise ValueError(f"resume_from_checkpoint: there is no folder {checkpoint!r}; `latest` takes the newest one")
+    if isinstance(args, OnlineArguments):
+        check_online_options(args, training_args)
+        check_adapter_options(args, training_args, model_args)
+    elif model_args.use_peft:
+        check_targets(model_args.lora_target_modules, model_args.lora_modules_to_save)
+    if isinstance(args, PairArguments):
+        check_pair_options(args)
+    if training_args.push_to_hub:
+        check_hub(training_args)
+
+
+def check_penalty_options(args: PenaltyArguments, training_args) -> None:
     penalty = args.kl_estimator, args.kl_placement, args.kl_reduction, args.kl_direction, args.kl_budget_per_token
     contract = kl.gradient_contract(*penalty)
     if args.strict:
@@ -306,6 +339,9 @@ def check_options(args: StoryArguments, training_args, model_args) -> None:
     kl.check_choice("baseline", args.baseline, BASELINES)
     if args.baseline == "none" and training_args.normalize_advantages:
         raise ValueError("baseline 'none' has no advantages to normalize: leave normalize_advantages out")
+
+
+def check_online_options(args: OnlineArguments, training_args) -> None:
     kl.check_choice("kl_controller", args.kl_controller, CONTROLLERS)
     kl.check_choice("collapse_guard", args.collapse_guard, GUARDS)
     if args.kl_controller != "fixed" and not (args.target_kl_per_token or 0) > 0:
@@ -319,28 +355,33 @@ def check_options(args: StoryArguments, training_args, model_args) -> None:
         )
     if args.collapse_guard == "rollback" and training_args.save_strategy == "no":
         raise ValueError("collapse_guard 'rollback' needs checkpoints: add --save_strategy steps --save_steps 20")
-    if not training_args.beta >= 0 or math.isinf(training_args.beta):
-        raise ValueError(f"beta must be >= 0 and finite, got {training_args.beta}; 0 trains without a penalty")
     if args.kl_limit is not None and not args.kl_limit > 0:
         raise ValueError(f"kl_limit must be > 0, got {args.kl_limit}")
-    if not args.reward_timeout > 0:
-        raise ValueError(f"reward_timeout must be > 0, got {args.reward_timeout}")
-    if args.eval_stories < 1:
-        raise ValueError(f"eval_stories must be >= 1, got {args.eval_stories}")
     if args.show_stories_every < 0:
         raise ValueError(f"show_stories_every must be >= 0, got {args.show_stories_every}; 0 shows none")
-    check_model_path("model_name_or_path", model_args.model_name_or_path)
     if args.reward_model_name_or_path:
         check_model_path("reward_model_name_or_path", args.reward_model_name_or_path)
     rewards = len(args.reward_funcs) + bool(args.reward_model_name_or_path)
     if training_args.reward_weights is not None and len(training_args.reward_weights) != rewards:
         raise ValueError(f"reward_weights must be {rewards}, one a reward, got {len(training_args.reward_weights)}")
-    check_adapter_options(args, training_args, model_args)
-    if training_args.push_to_hub:
-        check_hub(training_args)
 
 
-def check_adapter_options(args: StoryArguments, training_args, model_args) -> None:
+def check_pair_options(args: PairArguments) -> None:
+    if args.pairs < 1:
+        raise ValueError(f"pairs must be >= 1, got {args.pairs}")
+    if args.group_size < 2:
+        raise ValueError(f"group_size must be >= 2, got {args.group_size}: a rank needs two completions")
+    if not 1 <= args.pairs_per_group <= args.group_size // 2:
+        raise ValueError(f"pairs_per_group must be from 1 to half of group_size, got {args.pairs_per_group}")
+    if args.max_completion_length < 1:
+        raise ValueError(f"max_completion_length must be >= 1, got {args.max_completion_length}")
+    if not args.temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {args.temperature}")
+    if args.pairs_from is not None and not Path(args.pairs_from).is_file():
+        raise ValueError(f"pairs_from: there is no file {args.pairs_from!r}")
+
+
+def check_adapter_options(args: OnlineArguments, training_args, model_args) -> None:
     kl.check_choice("kl_reference", args.kl_reference, REFERENCES)
     adapted = model_args.use_peft or args.adapter_name_or_path
     if model_args.use_peft:
@@ -368,279 +409,20 @@ def check_model_path(name: str, path: str) -> None:
         raise ValueError(f"{name}: there is no folder {path!r}; name a folder or a Hub id such as user/model")
 
 
-def load_tokenizer(args: StoryArguments, model_args, training_args):
-    name = args.tokenizer_name_or_path or TOKENIZER_OF.get(
-        model_args.model_name_or_path, model_args.model_name_or_path
-    )
-    tokenizer = AutoTokenizer.from_pretrained(
-        name, padding_side="left", trust_remote_code=training_args.trust_remote_code
-    )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_policy(args: StoryArguments, training_args, model_args) -> dict:
-    """What `RLOOTrainer` takes as the model: by name, an adapter to go on with, or one merged below a new one."""
-    model_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
-    peft_config, quantization = get_peft_config(model_args), get_quantization_config(model_args)
-    if not args.adapter_name_or_path:
-        training_args.model_init_kwargs = model_kwargs
-        name = model_args.model_name_or_path
-        return {"model": name, "peft_config": peft_config, "quantization_config": quantization}
-    training_args.model_init_kwargs = None  # TRL's; the model is loaded here
-    if model_kwargs["revision"] == "main":
-        model_kwargs["revision"] = None  # the adapter's
-    model = load_adapter(
-        args.adapter_name_or_path,
-        base=model_args.model_name_or_path,
-        is_trainable=peft_config is None,
-        trust_remote_code=training_args.trust_remote_code,
-        quantization_config=quantization,
-        **model_kwargs,
-    )
-    return {"model": model if peft_config is None else merge(model), "peft_config": peft_config}
-
-
-def load_prompts(args: StoryArguments, prompts_per_batch: int) -> Dataset:
-    """The prompts to train on, repeated where they are too few for a generation batch: TRL would train zero steps."""
-    if args.dataset_name is None:
-        if not args.prompt.strip():
-            raise ValueError("prompt must not be empty; leave the option out for 'Once upon a time'")
-        return Dataset.from_dict({"prompt": [args.prompt] * max(1_000, prompts_per_batch)})
-    name = args.dataset_name
-    if name.endswith((".json", ".jsonl")):
-        if not Path(name).is_file():
-            raise ValueError(f"dataset_name: there is no file {name!r}")
-        dataset = load_dataset("json", data_files=name, split="train")
-    else:
-        dataset = load_dataset(name, name=args.dataset_config, split=args.dataset_train_split)
-    if "prompt" not in dataset.column_names:
-        raise ValueError(f"dataset_name: {name!r} has no column `prompt`, only {', '.join(dataset.column_names)}")
-    if len(dataset) == 0 or any(not prompt for prompt in dataset["prompt"]):
-        raise ValueError(f"dataset_name: {name!r} holds an empty prompt; every row needs some text to go on from")
-    repeats = -(-prompts_per_batch // len(dataset))
-    return dataset.select(list(range(len(dataset))) * repeats)
-
-
-class CheckedReward:
-    """A reward function that stops the run when it raises, hangs, returns the wrong number of rewards, or no number.
-
-    `None` stays allowed: in TRL it means that the reward does not apply to a completion.
-    """
-
-    def __init__(self, function, path: str, timeout: float):
-        self.function, self.path, self.timeout = function, path, timeout
-        self.__name__ = getattr(function, "__name__", type(function).__name__)
-
-    def __call__(self, prompts, completions, **kwargs):
-        rewards = self.answer(prompts=prompts, completions=completions, **kwargs)
-        rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards  # a tensor or array
-        if not isinstance(rewards, (list, tuple)):
-            raise TrainingStopped(
-                f"reward_funcs: {self.path} returned a {type(rewards).__name__}, not a list of rewards"
-            )
-        if len(rewards) != len(completions):
-            raise TrainingStopped(
-                f"reward_funcs: {self.path} returned {len(rewards)} rewards for {len(completions)} completions"
-            )
-        for reward, completion in zip(rewards, completions, strict=True):
-            if reward is not None and not is_finite(reward):
-                raise TrainingStopped(f"reward_funcs: {self.path} returned {reward} for {str(completion)[:60]!r}")
-        return rewards
-
-    def answer(self, **kwargs):
-        """In a thread of its own: a function that hangs cannot be stopped, but it can be left behind."""
-        answer = Future()
-
-        def call():
-            try:
-                answer.set_result(self.function(**kwargs))
-            except BaseException as error:
-                answer.set_exception(error)
-
-        threading.Thread(target=call, daemon=True).start()
-        try:
-            return answer.result(self.timeout)
-        except Exception as error:
-            if not answer.done():
-                raise TrainingStopped(
-                    f"reward_funcs: {self.path} has not answered for {self.timeout:g} s (reward_timeout)"
-                ) from None
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise TrainingStopped(
-                f"reward_funcs: {self.path} raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
-            ) from error
-
-
-def is_finite(reward) -> bool:
-    try:
-        return math.isfinite(reward)
-    except (TypeError, ValueError, OverflowError):
-        return False
-
-
-def load_rewards(paths: list[str], model: str | None = None, timeout: float | None = None) -> list:
-    """Reward functions by dotted path, the working directory included, after a reward model's path if there is one."""
-    rewards = [] if model is None else [model]
-    for path in paths:
-        module_name, _, name = path.rpartition(".")
-        if not module_name:
-            raise ValueError(f"reward_funcs: {path!r} is no dotted path such as package.module.function")
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        try:
-            function = getattr(importlib.import_module(module_name), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"reward_funcs: cannot import {path!r}: {error}") from None
-        if not callable(function):
-            raise ValueError(f"reward_funcs: {path!r} is a {type(function).__name__}, not a function")
-        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__)
-        rewards.append(function if is_async else CheckedReward(function, path, timeout))
-    return rewards
-
-
 def parse_recipe(parser: RecipeParser, argv: list[str] | None = None):
-    """`(StoryArguments, RLOOConfig, ModelConfig)` of a recipe, with the embedded model and this device's precision."""
+    """A recipe's arguments, its trainer's and the model's, with the embedded model and this device's precision."""
     args, training_args, model_args = parser.parse(argv)
     adapter = args.adapter_name_or_path
     if adapter:
         check_model_path("adapter_name_or_path", adapter)
     if not model_args.model_name_or_path:
         model_args.model_name_or_path = base_of(PeftConfig.from_pretrained(adapter)) if adapter else str(MODEL_PATH)
-    if args.beta_unit == "study":
+    if isinstance(args, PenaltyArguments) and args.beta_unit == "study":
         training_args.beta = kl.study_beta(training_args.beta)
     if "tensorboard" in training_args.report_to and not is_tensorboard_available():
         training_args.report_to.remove("tensorboard")
         print("TensorBoard is not installed, so it gets no logs: pip install 'kl_alliteration[tensorboard]'")
     return args, training_args, model_args
-
-
-def total_reward(trainer):
-    """The trainer's rewards, weighted and summed as TRL does, for judging fresh stories; async ones are left out."""
-    weights = trainer.reward_weights.tolist()
-
-    def of_model(model, tokenizer):
-        def reward(prompts, completions) -> list[float]:
-            texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-            inputs = tokenizer(
-                text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
-            )
-            with torch.inference_mode():
-                return model(**inputs.to(model.device)).logits[:, 0].tolist()
-
-        return reward
-
-    pairs = []
-    for function, tokenizer, weight in zip(
-        trainer.reward_funcs, trainer.reward_processing_classes, weights, strict=True
-    ):
-        if isinstance(function, torch.nn.Module):
-            pairs.append((of_model(function, tokenizer), weight))
-        elif isinstance(function, CheckedReward):
-            pairs.append((function, weight))
-
-    def reward(prompts, completions) -> list[float]:
-        columns = [(function(prompts, completions), weight) for function, weight in pairs]
-        return [sum(w * (values[i] or 0.0) for values, w in columns) for i in range(len(completions))]
-
-    return reward
-
-
-def add_instruments(trainer, args: StoryArguments) -> None:
-    """The reference, the penalty, the sampler, the monitor, the rule and the guard that a recipe's options ask for."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(model, PeftModel):
-        check_trains(model)
-        name_base(model)
-    steps = trainer.args.ref_model_sync_steps
-    if args.kl_reference == "moving_average":
-        trainer.add_callback(MovingAverageReferenceCallback(trainer, trainer.args.ref_model_mixup_alpha, steps))
-    elif args.kl_reference == "reset":
-        trainer.add_callback(ResetReferenceCallback(trainer, steps, args.reset_at_kl, args.reset_optimizer))
-    elif args.adapter_name_or_path and isinstance(model, PeftModel) and REFERENCE in model.peft_config:
-        trainer.add_callback(ReferenceCallback(trainer, args.kl_reference))
-    trainer.add_callback(
-        KLPenaltyCallback(
-            trainer,
-            kl_estimator=args.kl_estimator,
-            kl_placement=args.kl_placement,
-            kl_reduction=args.kl_reduction,
-            kl_direction=args.kl_direction,
-            kl_budget_per_token=args.kl_budget_per_token,
-            kl_top_k=args.kl_top_k,
-            strict=args.strict,
-        )
-    )
-    rollout_seam(trainer).baseline = args.baseline == "leave_one_out"
-    if args.fast_sampling:
-        use_fast_sampling(trainer)
-    if args.kl_monitor:
-        trainer.add_callback(KLMonitorCallback(trainer, exact=args.kl_estimator == "exact"))
-    if args.kl_controller != "fixed":
-        rule = CONTROLLERS[args.kl_controller](trainer.beta, args.target_kl_per_token)
-        estimator = args.kl_estimator if args.kl_estimator in kl.FULL_VOCABULARY else "k1"
-        trainer.add_callback(KLControlCallback(trainer, rule, estimator))
-    if args.kl_limit is not None:
-        stop_beyond(trainer, args.kl_limit)
-    if args.collapse_guard != "off":
-        trainer.add_callback(CollapseGuardCallback(trainer, args.collapse_guard))
-
-
-def run_training(trainer) -> dict:
-    """Train, resumed where the options say so, and under the guard where it may go back; what the guard saw."""
-    guards = [c for c in trainer.callback_handler.callbacks if isinstance(c, CollapseGuardCallback)]
-    train = guards[0].train if guards else trainer.train
-    checkpoint = trainer.args.resume_from_checkpoint
-    if checkpoint == LATEST:
-        checkpoint = last_checkpoint(trainer.args.output_dir)
-        if trainer.is_world_process_zero():
-            print(
-                f"Resuming from {checkpoint}" if checkpoint else "No complete checkpoint: starting from the beginning"
-            )
-    train_or_say_why(trainer, lambda: train(resume_from_checkpoint=checkpoint))
-    return {"collapse": guards[0].collapse, "last_good_checkpoint": guards[0].last_good} if guards else {}
-
-
-def save_final(trainer, below: str | None = None) -> None:
-    """The model or adapter into the output directory, each file at once: a killed run leaves the old one or the new.
-
-    A reference adapter stays behind; it is in the checkpoints, where a resumed run needs it. An adapter that was
-    trained on top of another, `below`, is saved as the sum of both.
-    """
-    folder = Path(trainer.args.output_dir)
-    unfinished = folder / "_unfinished"
-    trainer.save_model(str(unfinished), _internal_call=True)  # else it would push at once
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        if below is not None:
-            save_stacked(below, str(unfinished), str(unfinished))
-        for path in unfinished.iterdir():
-            if path.is_file():
-                path.replace(folder / path.name)
-        shutil.rmtree(unfinished)
-
-
-def push_run(trainer, args: StoryArguments, before: Judgement, after: Judgement) -> bool:
-    """Write the card and push, from the main process; whether the model on the Hub is the one in memory."""
-    if not trainer.is_world_process_zero():
-        return True
-    place = "reward and loss" if args.kl_placement == "both" else args.kl_placement
-    penalty = f"{args.kl_estimator} in the {place}, beta {trainer.beta:g} per nat of the "
-    penalty += "sequence" if args.kl_reduction == "sum" else "token"
-    if args.kl_budget_per_token:
-        penalty += f" beyond a budget of {args.kl_budget_per_token:g} nats per token"
-    if args.kl_controller != "fixed":
-        penalty += f", moved by `{args.kl_controller}` to hold {args.target_kl_per_token:g} nats per token"
-    folder = Path(trainer.args.output_dir)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    write_card(folder, trainer.hub_model_id, model, penalty, trainer.reward_func_names, before, after)
-    return push(trainer, folder)
 
 
 def write_recipe(path: Path, parser: RecipeParser) -> None:

@@ -34,24 +34,31 @@ class Run:
     name: str
     options: dict = field(default_factory=dict)
     words: tuple[str, ...] = ()
+    recipe: Path = ROOT / "recipes/rloo_tall_tree.py"
 
     @property
     def asked(self) -> list[str]:
         """Everything that it is told, as words."""
-        return [*self.words, *(word for name, value in self.options.items() for word in (f"--{name}", str(value)))]
+        return [*self.words, *(word for option in self.options.items() for word in as_words(*option))]
 
 
-def seeds_of(name: str, options: dict, seeds, words: tuple[str, ...] = ()) -> list[Run]:
+def as_words(name: str, value) -> list[str]:
+    """One option as it is typed: a list as several words, a mapping as JSON."""
+    values = value if isinstance(value, list) else [value]
+    return [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+
+
+def seeds_of(name: str, options: dict, seeds, words: tuple[str, ...] = (), recipe: Path = Run.recipe) -> list[Run]:
     """The same options once a seed, as `name_seed_0`, ..."""
-    return [Run(f"{name}_seed_{seed}", options | {"seed": seed}, words) for seed in seeds]
+    return [Run(f"{name}_seed_{seed}", options | {"seed": seed}, words, recipe) for seed in seeds]
 
 
-def launch_command(run: Run, recipe: Path, folder: Path, launch_config: str, threads: int | None = None) -> list[str]:
+def launch_command(run: Run, folder: Path, launch_config: str, threads: int | None = None) -> list[str]:
     """The `accelerate launch` command of a run, with `--resume_from_checkpoint` where there is a checkpoint."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", launch_config]
     if threads:
         command += ["--num_cpu_threads_per_process", str(threads)]
-    command += [str(recipe), *run.asked, "--output_dir", str(folder / run.name)]
+    command += [str(run.recipe), *run.asked, "--output_dir", str(folder / run.name)]
     checkpoint = last_checkpoint(folder / run.name)
     return command + (["--resume_from_checkpoint", checkpoint] if checkpoint else [])
 
@@ -107,7 +114,7 @@ def check_same_run(run: Run, folder: Path) -> None:
 
 
 def run_all(
-    runs: list[Run], recipe: Path, folder: Path, launch_config: str, at_a_time: int = 1, console: Console | None = None
+    runs: list[Run], folder: Path, launch_config: str, at_a_time: int = 1, console: Console | None = None
 ) -> list[Run]:
     """Bring all runs to their end, in order, `at_a_time` side by side; returns those that failed.
 
@@ -128,7 +135,7 @@ def run_all(
             while waiting or under_way:
                 while waiting and len(under_way) < at_a_time:
                     run = waiting.pop(0)
-                    command = launch_command(run, recipe, folder, launch_config, threads)
+                    command = launch_command(run, folder, launch_config, threads)
                     under_way.append(Process(run, command, folder / run.name))
                 live.update(overview(runs, folder, {p.run.name for p in under_way}, failed))
                 time.sleep(1)
@@ -162,7 +169,7 @@ def overview(runs: list[Run], folder: Path, under_way: set[str], failed: dict[st
 
 @dataclass
 class SweepArguments:
-    """What every recipe of several runs has; options that it does not know go to `rloo_tall_tree.py`."""
+    """What every recipe of several runs has; options that it does not know go to the runs' recipe."""
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
     output_dir: str = field(default="runs/sweep", metadata={"help": "Folder of the runs and the report."})
@@ -210,12 +217,12 @@ def run_sweep(runs: list[Run], args: SweepArguments) -> None:
     Raises:
         `ValueError`: where a run failed, after the report of the others.
     """
-    recipe, folder = ROOT / "recipes/rloo_tall_tree.py", Path(args.output_dir)
+    folder = Path(args.output_dir)
     if args.print_commands:
         for run in runs:
-            print(shlex.join(launch_command(run, recipe, folder, args.launch_config)))
+            print(shlex.join(launch_command(run, folder, args.launch_config)))
         return
-    failed = run_all(runs, recipe, folder, args.launch_config, args.at_a_time)
+    failed = run_all(runs, folder, args.launch_config, args.at_a_time)
     print(write_report(folder, args.frontier))
     if failed:
         raise ValueError(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again")

@@ -20,8 +20,9 @@ from kl_alliteration.decoder import read_decoder
 from kl_alliteration.evaluation import best_of_n
 from kl_alliteration.figures import plot_frontier, read_run
 from kl_alliteration.generation import sample
-from kl_alliteration.recipe import load_rewards, one_line_errors
+from kl_alliteration.recipe import one_line_errors
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
+from kl_alliteration.training import load_rewards
 
 
 @dataclass

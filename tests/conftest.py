@@ -8,6 +8,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest
 import torch
 from datasets import Dataset
+from enumeration import save_model
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
@@ -40,6 +41,10 @@ def reward(completions, **kwargs):
     return [float(text.split().count("tree") + len(text.split()) / 10) for text in completions]
 
 
+async def slowly(completions, **kwargs):
+    return reward(completions)
+
+
 def word_tokenizer(words: list[str], unk_token: str = "<eos>", pad_token: str = "<eos>") -> PreTrainedTokenizerFast:
     """One token a word, split on spaces; the first word is `<eos>`."""
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=unk_token))
@@ -65,6 +70,14 @@ def tiny_model(tmp_path_factory):
         pad_token_id=1,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def enumerated_model(tmp_path_factory):
+    """Folder of the model of `enumeration`."""
+    folder = tmp_path_factory.mktemp("enumerated")
+    save_model(folder)
     return folder
 
 

@@ -30,9 +30,9 @@ from kl_alliteration.adapters import (
     probe,
     save_stacked,
 )
-from kl_alliteration.recipe import save_final
 from kl_alliteration.runs import last_checkpoint
 from kl_alliteration.story_lm import MODEL_PATH
+from kl_alliteration.training import save_final
 
 IDS = torch.arange(24).view(2, 12)
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -10,66 +10,40 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 import trl.trainer.utils
 from datasets import Dataset
+from enumeration import (
+    ENDING,
+    FIXED,
+    PROMPT,
+    STEPS,
+    Float64Head,
+    Tables,
+    V,
+    flat,
+    kl_forward,
+    kl_reverse,
+    move,
+    parameters,
+    per_state,
+    reverse_kl,
+)
 from peft import LoraConfig
 from trl import RLOOConfig, RLOOTrainer
 
 from kl_alliteration import KLPenaltyCallback, kl
 
-V, STEPS, K, BETA = 5, 2, 2, 0.7
-PROMPT = [3, 4]
-
-
-class Float64Head:
-    """TRL's fused head computes in float32; this stands in for it and says the same in float64."""
-
-    @staticmethod
-    def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
-        log_probs = torch.nn.functional.linear(hidden, weight, bias).log_softmax(-1)
-        entropy = -(log_probs.exp() * log_probs).sum(-1).detach()
-        return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy, None, None, None
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("enumerated")
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=trl_tokenizer(), eos_token="e", pad_token="p", padding_side="left"
-    )
-    tokenizer.save_pretrained(folder)
-    transformers.set_seed(0)
-    sizes = {"vocab_size": V, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}
-    special = {"eos_token_id": 0, "bos_token_id": None, "pad_token_id": 1}
-    config = transformers.GPT2Config(**sizes, **special, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    model = transformers.GPT2LMHeadModel(config)
-    with torch.no_grad():
-        model.lm_head.weight.normal_(std=0.5)
-    model.save_pretrained(folder)
-    return folder
-
-
-def trl_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate("epabc")}, unk_token="p"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return tokenizer
-
-
-FIXED = [list(ids) for ids in itertools.product(range(V), repeat=STEPS)]
-ENDING = [[0], *(ids for ids in FIXED if ids[0] != 0)]  # token 0 ends a completion
+K, BETA = 2, 0.7
 
 
 @pytest.fixture
-def enumerated(folder, tmp_path, monkeypatch):
+def enumerated(enumerated_model, tmp_path, monkeypatch):
     """`enumerated(completions, lora=False)`: a stock trainer whose generation batch is all completions there are."""
 
     def make(completions=FIXED, lora=False):
         monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Float64Head)
         trainer = RLOOTrainer(
-            model=str(folder),
+            model=str(enumerated_model),
             reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
             args=RLOOConfig(
                 output_dir=str(tmp_path),
@@ -87,21 +61,10 @@ def enumerated(folder, tmp_path, monkeypatch):
             peft_config=LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM") if lora else None,
         )
         trainer._generate = lambda prompts: ([PROMPT] * len(prompts), completions, ["" for _ in prompts])
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in parameters(trainer):
-                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+        move(trainer)
         return trainer
 
     return make
-
-
-def parameters(trainer) -> list[torch.Tensor]:
-    return [p for p in trainer.model.parameters() if p.requires_grad]
-
-
-def flat(gradients) -> torch.Tensor:
-    return torch.cat([g.flatten() for g in gradients])
 
 
 def trained_gradient(trainer, completions=FIXED) -> torch.Tensor:
@@ -123,64 +86,14 @@ def trained_gradient(trainer, completions=FIXED) -> torch.Tensor:
     return total / BETA
 
 
-class Tables:
-    """Next-token log-probabilities of policy (with gradient) and reference: first (V,), second (V, V)."""
-
-    def __init__(self, trainer, reference_off=None):
-        self.trainer = trainer
-        self.p1, self.p2 = self._of(trainer.model)
-        with torch.no_grad():
-            if trainer.ref_model is not None:
-                self.q1, self.q2 = self._of(trainer.ref_model)
-            else:
-                with trainer.model.disable_adapter():
-                    self.q1, self.q2 = self._of(trainer.model)
-
-    def _of(self, model):
-        first = torch.tensor([PROMPT])
-        second = torch.tensor([[*PROMPT, v] for v in range(V)])
-        logits = [model(ids).logits[:, -1].log_softmax(-1) for ids in (first, second)]
-        return logits[0][0], logits[1]
-
-    def states(self):
-        """(how likely the state is, log p, log q) of all 1 + V states; the first is certain."""
-        yield torch.ones((), dtype=torch.float64), self.p1, self.q1
-        for v in range(V):
-            yield self.p1[v].exp(), self.p2[v], self.q2[v]
-
-    def gradient(self, objective: torch.Tensor) -> torch.Tensor:
-        ps = parameters(self.trainer)
-        found = torch.autograd.grad(objective, ps, allow_unused=True)
-        return flat([torch.zeros_like(p) if g is None else g for g, p in zip(found, ps, strict=True)])
-
-
-def reverse_kl(t: Tables):
-    """KL(policy || reference) of whole completions, summed over the 25 of them."""
-    log_p, log_q = t.p1[:, None] + t.p2, t.q1[:, None] + t.q2
-    return (log_p.exp() * (log_p - log_q)).sum()
-
-
 def expected(t: Tables, f):
     """E[sum of f(log-ratio)], states and all."""
     return sum(w * (p.exp() * f(p - q)).sum() for w, p, q in t.states())
 
 
-def per_state(t: Tables, f):
-    """sum over states of f(log p, log q), states held fixed: a partial objective."""
-    return sum(w.detach() * f(p, q) for w, p, q in t.states())
-
-
 def future_only(t: Tables, f):
     """The divergences held fixed, the probability of getting into their states not."""
     return sum(w * f(p, q).detach() for w, p, q in t.states())
-
-
-def kl_reverse(p, q):
-    return (p.exp() * (p - q)).sum()
-
-
-def kl_forward(p, q):
-    return (q.exp() * (q - p)).sum()
 
 
 def twice_tv(p, q):

@@ -53,6 +53,7 @@ def test_kl_of_a_sharper_policy_against_its_closed_form(model, tokenizer):
     exact = (p * (p.log() + math.log(len(WORDS)))).sum().item()
     assert judged.kl_per_token == pytest.approx(exact, abs=0.05)
     assert judged.kl_per_sequence == pytest.approx(judged.kl_per_token * judged.mean_length)
+    assert judged.exact_kl_per_sequence == pytest.approx(exact * judged.mean_length, rel=1e-5)
 
 
 def test_the_seed_decides_and_the_random_state_stays(model, tokenizer):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from hub_server import HubServer
 
-from kl_alliteration.recipe import RecipeParser, StoryArguments, parse_recipe
+from kl_alliteration.recipe import PenaltyArguments, RecipeParser, parse_recipe
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--max_steps 2 --max_completion_length 12 --eval_stories 6 --logging_steps 1 --show_stories_every 0".split()
@@ -92,7 +92,7 @@ def test_train_push_and_a_stranger_reads_it(hub, at_hub, tmp_path):
     from trl import ModelConfig, RLOOConfig
 
     def parsed(argv):
-        return parse_recipe(RecipeParser((StoryArguments, RLOOConfig, ModelConfig), defaults), argv)
+        return parse_recipe(RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), defaults), argv)
 
     expected = parsed([*PUSH, "--hub_strategy", "checkpoint", "--save_strategy", "steps", "--save_steps", "1"])
     for found, wanted in zip(parsed(["--config", str(tmp_path / "again.yaml")]), expected, strict=True):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, RLOOConfig, RLOOTrainer
 
 from kl_alliteration.adapters import load_adapter
-from kl_alliteration.recipe import RecipeParser, StoryArguments, parse_recipe, write_recipe
+from kl_alliteration.recipe import PenaltyArguments, RecipeParser, parse_recipe, write_recipe
 from kl_alliteration.reward_model import AlliterationRewardModel
 from kl_alliteration.story_lm import MODEL_PATH
 from kl_alliteration.sweep import end_orphan
@@ -277,6 +277,10 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--use_peft", "--kl_reference", "reset", "--reset_at_kl", "0"], "reset_at_kl must be > 0, got 0.0"),
         (["--use_peft", "--sync_ref_model"], "with an adapter it is --kl_reference moving_average"),
         (["--adapter_name_or_path", "./nowhere"], "adapter_name_or_path: there is no folder './nowhere'"),
+        (
+            ["--resume_from_checkpoint", "out/checkpoint-9"],
+            "resume_from_checkpoint: there is no folder 'out/checkpoint-9'",
+        ),
         (["--num_generations", "many"], "invalid int value: 'many'"),
         (["--kl_budget_per_token", "much"], "must be a number or none, got 'much'"),
     ],
@@ -296,7 +300,7 @@ def test_refusals(tmp_path, monkeypatch, capsys, options, says):
 @pytest.mark.parametrize("words", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]])
 def test_a_token_is_in_no_file(tmp_path, monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["rloo_tall_tree.py", "--output_dir", "out", *words, "--beta", "2"])
-    parser = RecipeParser((StoryArguments, RLOOConfig, ModelConfig), ROOT / "recipes/rloo_tall_tree.yaml")
+    parser = RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), ROOT / "recipes/rloo_tall_tree.yaml")
     parse_recipe(parser)
     write_recipe(tmp_path / "recipe.yaml", parser)
     written = (tmp_path / "recipe.yaml").read_text()

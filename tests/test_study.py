@@ -8,7 +8,7 @@ from conftest import word_tokenizer
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, set_seed
 from trl import ModelConfig, RLOOConfig
 
-from kl_alliteration.recipe import RecipeParser, StoryArguments, parse_recipe
+from kl_alliteration.recipe import PenaltyArguments, RecipeParser, parse_recipe
 from kl_alliteration.sweep import ROOT
 
 STUDY_LEARNING_RATE, STUDY_BETA, GROUP, TOKENS = 1e-4, 40, 10, 100
@@ -56,7 +56,7 @@ def test_the_same_tokens_give_the_study_s_update(tmp_path):
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
     words = tiny_gpt_neo(tmp_path / "model")
-    parser = RecipeParser((StoryArguments, RLOOConfig, ModelConfig), defaults=ROOT / "recipes/study_33m.yaml")
+    parser = RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), defaults=ROOT / "recipes/study_33m.yaml")
     options = ["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
     options += ["--prompt", "once upon a time ", "--max_steps", "3", "--generation_kwargs", '{"min_new_tokens": 96}']
     args, training_args, model_args = parse_recipe(parser, [*options, "--report_to", "none", "--save_strategy", "no"])

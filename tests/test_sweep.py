@@ -40,29 +40,30 @@ def recipe(tmp_path):
 
 
 def test_finished_runs_are_kept_and_failed_ones_are_named(recipe, tmp_path):
-    runs = [*seeds_of("good", {"ending": "well"}, [0, 1]), Run("bad", {"ending": "fails", "seed": 0})]
+    runs = [*seeds_of("good", {"ending": "well"}, [0, 1], recipe=recipe)]
+    runs.append(Run("bad", {"ending": "fails", "seed": 0}, recipe=recipe))
     folder = tmp_path / "runs"
     console = Console(record=True, width=200, file=open(os.devnull, "w"))
-    failed = run_all(runs, recipe, folder, CPU, at_a_time=3, console=console)
+    failed = run_all(runs, folder, CPU, at_a_time=3, console=console)
     assert [run.name for run in failed] == ["bad"]
     assert read_summary(folder / "good_seed_1") == {"seed": "1"}
     said = console.export_text()
     assert "bad failed: error: no such thing" in said
     (folder / "good_seed_0" / "summary.json").write_text('{"half": ')  # of a run that was broken off as it wrote
-    run_all(runs[:2], recipe, folder, CPU, at_a_time=2, console=console)
+    run_all(runs[:2], folder, CPU, at_a_time=2, console=console)
     assert [len((folder / run.name / "starts").read_text()) for run in runs[:2]] == [2, 1]
 
 
-def test_two_runs_of_one_name_are_refused(recipe, tmp_path):
+def test_two_runs_of_one_name_are_refused(tmp_path):
     with pytest.raises(ValueError, match="two runs are called 'a'"):
-        run_all([Run("a"), Run("a")], recipe, tmp_path, CPU)
+        run_all([Run("a"), Run("a")], tmp_path, CPU)
 
 
 def test_other_options_in_the_same_folder_are_refused(recipe, tmp_path):
     """The finished run of one question must not pass for the answer to another."""
-    run_all([Run("a", {"ending": "well", "seed": 0})], recipe, tmp_path, CPU)
+    run_all([Run("a", {"ending": "well", "seed": 0}, recipe=recipe)], tmp_path, CPU)
     with pytest.raises(ValueError, match="holds a run with other options .*--seed 0"):
-        run_all([Run("a", {"ending": "well", "seed": 1})], recipe, tmp_path, CPU)
+        run_all([Run("a", {"ending": "well", "seed": 1}, recipe=recipe)], tmp_path, CPU)
 
 
 def test_a_run_goes_on_from_its_last_complete_checkpoint(recipe, tmp_path):
@@ -70,10 +71,11 @@ def test_a_run_goes_on_from_its_last_complete_checkpoint(recipe, tmp_path):
         (tmp_path / "a" / f"checkpoint-{step}").mkdir(parents=True)
         if state is not None:
             (tmp_path / "a" / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    command = launch_command(Run("a", {"beta": 0.3}, ("--reward_funcs", "x.y", "z.w")), recipe, tmp_path, CPU, 1)
+    options = {"beta": 0.3, "warp": {"by": 2}, "betas": [1, 2]}
+    command = launch_command(Run("a", options, ("--reward_funcs", "x.y", "z.w"), recipe), tmp_path, CPU, 1)
     assert command[-2:] == ["--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-100")]
-    assert "--reward_funcs x.y z.w --beta 0.3" in " ".join(command)
-    assert "--resume" not in " ".join(launch_command(Run("b"), recipe, tmp_path, CPU))
+    assert f'{recipe} --reward_funcs x.y z.w --beta 0.3 --warp {{"by": 2}} --betas 1 2' in " ".join(command)
+    assert "--resume" not in " ".join(launch_command(Run("b"), tmp_path, CPU))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups")
@@ -81,8 +83,8 @@ def test_what_a_killed_sweep_left_running_is_ended(recipe, tmp_path):
     script = textwrap.dedent(f"""
         from pathlib import Path
         from kl_alliteration.sweep import Run, run_all
-        run_all([Run("a", {{"ending": "well", "seconds": 60, "seed": 0}})], Path({str(recipe)!r}),
-                Path({str(tmp_path)!r}), {CPU!r})
+        options = {{"ending": "well", "seconds": 60, "seed": 0}}
+        run_all([Run("a", options, recipe=Path({str(recipe)!r}))], Path({str(tmp_path)!r}), {CPU!r})
     """)
     sweep = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
     starts = tmp_path / "a" / "starts"

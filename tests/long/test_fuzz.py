@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from trl import ModelConfig, RLOOConfig
 
 from kl_alliteration.recipe import (
-    CheckedReward,
+    PenaltyArguments,
     RecipeParser,
-    StoryArguments,
     check_options,
     one_line_errors,
     parse_recipe,
 )
 from kl_alliteration.survival import TrainingStopped
+from kl_alliteration.training import CheckedReward
 
 DEFAULTS = Path(__file__).parents[2] / "recipes/rloo_tall_tree.yaml"
 CASES = settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
-OURS = sorted(StoryArguments.__dataclass_fields__)
+OURS = sorted(PenaltyArguments.__dataclass_fields__)
 THEIRS = [
     *("beta", "learning_rate", "num_generations", "per_device_train_batch_size", "max_completion_length", "max_steps"),
     *("temperature", "top_k", "top_p", "reward_weights", "save_strategy", "save_steps", "seed", "num_iterations"),
@@ -51,7 +51,7 @@ def attempt(argv: list[str]):
 
     @one_line_errors
     def main():
-        parsed = parse_recipe(RecipeParser((StoryArguments, RLOOConfig, ModelConfig), DEFAULTS), argv)
+        parsed = parse_recipe(RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), DEFAULTS), argv)
         parsed[1].push_to_hub = False  # no network here
         check_options(*parsed)
         return parsed
