@@ -3,8 +3,8 @@
     python benchmarks/tutorial_loss.py
 
 Both start from the same policy, which 40 steps for the reward alone have taken away from the embedded model, and go on
-at a price of 1 per nat of the sequence: 40 batches of 40 fresh stories, a fresh AdamW. Three seeds. Prints Markdown and draws
-docs/images/tutorial_loss.png. The expected gradients of both are enumerated in tests/test_algorithms.py.
+at a price of 1 per nat of the sequence: 40 batches of 40 fresh stories, a fresh AdamW. Three seeds. Prints Markdown
+and draws docs/images/tutorial_loss.png. The expected gradients of both are enumerated in tests/test_algorithms.py.
 """
 
 import argparse

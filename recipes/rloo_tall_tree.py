@@ -26,12 +26,7 @@ from kl_alliteration.training import (
 )
 
 
-@one_line_errors
-def main():
-    parser = RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), defaults=Path(__file__).with_suffix(".yaml"))
-    args, training_args, model_args = parse_recipe(parser)
-    check_options(args, training_args, model_args)
-    disable_progress_bar()
+def build_trainer(args: PenaltyArguments, training_args: RLOOConfig, model_args: ModelConfig) -> RLOOTrainer:
     trainer = RLOOTrainer(
         **load_policy(args, training_args, model_args),
         reward_funcs=load_rewards(args.reward_funcs, args.reward_model_name_or_path, args.reward_timeout),
@@ -40,6 +35,16 @@ def main():
         processing_class=load_tokenizer(args, model_args, training_args),
     )
     add_instruments(trainer, args)
+    return trainer
+
+
+@one_line_errors
+def main():
+    parser = RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), defaults=Path(__file__).with_suffix(".yaml"))
+    args, training_args, model_args = parse_recipe(parser)
+    check_options(args, training_args, model_args)
+    disable_progress_bar()
+    trainer = build_trainer(args, training_args, model_args)
     run_recipe(trainer, args, model_args, parser, total_reward(trainer))
 
 

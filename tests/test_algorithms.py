@@ -4,7 +4,7 @@ Stock trainers of TRL, one completion or pair at a time, each weighted by its pr
 is written here from the model's full logits.
 """
 
-import importlib.util
+import importlib
 import inspect
 import itertools
 from pathlib import Path
@@ -264,11 +264,6 @@ def test_dpo_never_sees_the_end_of_a_story_that_was_cut_off(enumerated_model, tm
     assert seen(trainer) == [[a, b], [a], [b, end], [a]]
 
 
-spec = importlib.util.spec_from_file_location("tutorial_loss", ROOT / "benchmarks/tutorial_loss.py")
-tutorial = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tutorial)
-
-
 def expected_loss_gradient(t: Tables, loss, reward) -> torch.Tensor:
     """Over all batches of two completions."""
     logps = {tuple(ids): torch.stack([t.p1[ids[0]], t.p2[ids[0], ids[1]]]) for ids in FIXED}
@@ -281,7 +276,13 @@ def expected_loss_gradient(t: Tables, loss, reward) -> torch.Tensor:
     return t.gradient(total)
 
 
-def test_the_tutorials_loss_has_no_gradient_and_the_right_one_has_both(make_grpo):
+@pytest.fixture
+def tutorial(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("tutorial_loss")
+
+
+def test_the_tutorials_loss_has_no_gradient_and_the_right_one_has_both(make_grpo, tutorial):
     trainer = make_grpo()
     nothing = expected_loss_gradient(Tables(trainer), tutorial.tutorial_loss, rewards_of)
     assert nothing.abs().max() < 1e-12
@@ -293,7 +294,7 @@ def test_the_tutorials_loss_has_no_gradient_and_the_right_one_has_both(make_grpo
     torch.testing.assert_close(found, wanted, **EXACTLY)
 
 
-def test_the_docs_show_both_losses():
+def test_the_docs_show_both_losses(tutorial):
     text = (ROOT / "docs/algorithms.md").read_text()
     for loss in (tutorial.tutorial_loss, tutorial.right_loss):
         assert inspect.getsource(loss) in text
