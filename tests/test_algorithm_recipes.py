@@ -134,7 +134,10 @@ def test_all_algorithms_beside_each_other(tmp_path):
     log = (tmp_path / "out/clipped_beta_0_seed_0/log.txt").read_text()
     done = run("--config", "few.yaml", **options)
     assert (tmp_path / "out/clipped_beta_0_seed_0/log.txt").read_text() == log
-    assert (tmp_path / "out/algorithms.md").read_text() == page
+    again = (tmp_path / "out/algorithms.md").read_text()  # the same but for the last column, the seconds
+    assert [line.split(" | ")[:9] for line in again.splitlines()] == [
+        line.split(" | ")[:9] for line in page.splitlines()
+    ]
     done = run("--config", "few.yaml", "--frontier", "no.json", **options)
     assert done.returncode == 2 and "error: frontier: there is no file 'no.json'" in done.stderr
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(config | {"algorithms": {"PPO": {"betas": [1]}}}))
