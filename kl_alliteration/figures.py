@@ -98,7 +98,7 @@ def plot_frontier(frontier: list[dict], runs: list[dict], path: str | Path) -> N
             axis.scatter(*zip(*run["dots"], strict=True), color=color, s=16, alpha=0.6, linewidths=0)
         for label, place in zip(run.get("labels", ()), run["points"], strict=False):
             axis.plot(*place, "o", color=color, markersize=6)
-            offset = {"xytext": (0, -15 if i % 2 else 7), "textcoords": "offset points", "ha": "center"}
+            offset = {"xytext": (0, -15 if i else 7), "textcoords": "offset points", "ha": "center"}
             axis.annotate(label, place, color=color, fontsize=9, path_effects=HALO, **offset)
         axis.annotate(f"  {run['name']}", run["points"][-1], color=color, fontsize=11, va="center", path_effects=HALO)
     if max((kl for run in runs for kl, _ in run["points"]), default=0) > WIDE:
