@@ -1,5 +1,6 @@
 """Figures of a run."""
 
+import textwrap
 from itertools import cycle
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def plot_curves(log_history: list[dict], path: str | Path, title: str = "", base
         axes[0, 0].annotate("before", (1, base_reward), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     for axis in axes[1]:
         axis.set_xlabel(unit)
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(textwrap.fill(title, 80), fontsize=13)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
