@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 from common import run_groups, runs_parser
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from kl_alliteration.alliteration import alliterating_pairs, identical_share, letter_counts
 from kl_alliteration.decoder import read_decoder
 from kl_alliteration.diversity import different_share
+from kl_alliteration.evaluation import plain_sampling
 from kl_alliteration.generation import sample
 from kl_alliteration.report import spread
 from kl_alliteration.runs import read_summary
@@ -32,14 +33,8 @@ STORIES = 500
 def facts(model: str | Path) -> dict:
     """What 500 fresh stories of a model alliterate on."""
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    decoder = read_decoder(AutoModelForCausalLM.from_pretrained(model).eval())
-    config = GenerationConfig(
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=100,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    policy = AutoModelForCausalLM.from_pretrained(model).eval()
+    decoder, config = read_decoder(policy), plain_sampling(policy, tokenizer, 100)
     set_seed(1)
     prompts = tokenizer([PROMPT] * 100, return_tensors="pt")
     batches = [sample(decoder, prompts["input_ids"], prompts["attention_mask"], config) for _ in range(STORIES // 100)]

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from common import quiet
 from rich.progress import track
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from kl_alliteration import alliteration_reward
 from kl_alliteration.decoder import read_decoder
+from kl_alliteration.evaluation import plain_sampling
 from kl_alliteration.figures import plot_lines
 from kl_alliteration.generation import keep_freed_memory, sample
 from kl_alliteration.report import spread
@@ -49,8 +50,7 @@ class Loop:
         self.policy = copy.deepcopy(self.reference)
         self.fresh_optimizer()
         self.prompts = self.tokenizer([PROMPT] * BATCH, return_tensors="pt")["input_ids"]
-        end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        self.config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=100, eos_token_id=end, pad_token_id=pad)
+        self.config = plain_sampling(self.reference, self.tokenizer, 100)
 
     def fresh_optimizer(self) -> None:
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)

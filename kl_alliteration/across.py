@@ -41,11 +41,12 @@ class JudgedRun:
 
 
 def judged(algorithm: str, beta: float, folder: Path, stories: int, judge_run) -> JudgedRun:
-    """A run with its judgement, from its folder where it was judged with as many stories, else by `judge_run`."""
+    """A run with its judgement: from its folder, if it was judged since it ended and by as many stories; else anew."""
     try:
         found = json.loads((folder / NAME).read_text(encoding="utf-8"))
         numbers, texts = found["numbers"], found["texts"]
-        known = numbers["stories"] == stories
+        ended, then = ((folder / name).stat().st_mtime_ns for name in ("summary.json", NAME))
+        known = numbers["stories"] == stories and ended <= then
     except (OSError, ValueError, KeyError):
         known = False
     if not known:

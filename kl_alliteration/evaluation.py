@@ -46,6 +46,19 @@ class Judgement:
         return {name: value for name, value in asdict(self).items() if name not in ("prompts", "completions")}
 
 
+def plain_sampling(model, tokenizer, max_new_tokens: int, temperature: float = 1.0) -> GenerationConfig:
+    """By temperature alone, whatever the model's own configuration says: what log-probabilities are those of."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+
+
 def _log_probs(model, ids, attention_mask, completion_length: int, temperature: float) -> torch.Tensor:
     """(B, T, V) of the last `completion_length` tokens under the sampling temperature."""
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -92,15 +105,7 @@ def judge(
         adapter_off_is_reference (`bool`): For a `PeftModel`: the base with the adapter off is the reference.
         seed (`int`): Of the sampling; torch's random state is put back afterwards.
     """
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = plain_sampling(model, tokenizer, max_new_tokens, temperature)
     training = model.training
     model.eval()
     texts, rewards, lengths, entropies, kls, exact_kls, ended = [], [], [], [], [], [], 0

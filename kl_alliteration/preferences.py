@@ -7,8 +7,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from trl.data_utils import is_conversational, maybe_apply_chat_template
+
+from .evaluation import plain_sampling
 
 FILE = "pairs.jsonl"
 
@@ -40,15 +42,7 @@ def sample_pairs(
         `rejected_reward`. Two completions of one reward are no pair.
     """
     state = PartialState()
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=max_completion_length,
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = plain_sampling(model, tokenizer, max_completion_length, temperature)
     pairs = []
     with state.split_between_processes(prompts) as share, torch.random.fork_rng():
         torch.manual_seed(seed + state.process_index)

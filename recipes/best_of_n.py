@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 from rich.progress import track
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
 from kl_alliteration.decoder import read_decoder
-from kl_alliteration.evaluation import best_of_n
+from kl_alliteration.evaluation import best_of_n, plain_sampling
 from kl_alliteration.figures import plot_frontier, read_run
 from kl_alliteration.generation import sample
 from kl_alliteration.recipe import one_line_errors
+from kl_alliteration.reward_paths import load_rewards
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
-from kl_alliteration.training import load_rewards
 
 
 @dataclass
@@ -52,13 +52,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="left")
     (reward,) = load_rewards([args.reward_func])
     decoder = read_decoder(model)
-    config = GenerationConfig(
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=args.max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
+    config = plain_sampling(model, tokenizer, args.max_new_tokens)
     rewards: list[float] = []
     for start in track(range(0, args.stories, args.batch_size), description="stories"):
         count = min(args.batch_size, args.stories - start)

@@ -16,7 +16,8 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 from kl_alliteration import use_fast_sampling
 from kl_alliteration.preferences import longest
 from kl_alliteration.recipe import PairArguments, RecipeParser, check_options, one_line_errors, parse_recipe
-from kl_alliteration.training import load_pairs, load_policy, load_tokenizer, ranking_reward, run_recipe
+from kl_alliteration.reward_paths import ranking_reward
+from kl_alliteration.training import load_pairs, load_policy, load_tokenizer, run_recipe
 
 
 @one_line_errors

@@ -1,6 +1,7 @@
 """Several algorithms in one picture: who is compared with whom, what is kept, what is refused."""
 
 import json
+import os
 from pathlib import Path
 
 from kl_alliteration.across import JudgedRun, equal_kl, judged, write_page
@@ -59,6 +60,7 @@ def test_a_run_is_judged_once_a_number_of_stories(tmp_path):
         asked.append(stories)
         return Found(stories)
 
+    (tmp_path / "summary.json").write_text("{}")
     for stories in (5, 5, 7, 7):
         run = judged("RLOO", 0.1, tmp_path, stories, judge_run)
         assert (run.kl, run.texts, run.numbers["stories"]) == (2.0, ["one", "two"], stories)
@@ -66,3 +68,6 @@ def test_a_run_is_judged_once_a_number_of_stories(tmp_path):
     (tmp_path / "judged.json").write_text('{"numbers": ')
     judged("RLOO", 0.1, tmp_path, 7, judge_run)
     assert asked == [5, 7, 7]
+    os.utime(tmp_path / "summary.json", ns=(2**62, 2**62))  # trained again since
+    judged("RLOO", 0.1, tmp_path, 7, judge_run)
+    assert asked == [5, 7, 7, 7]

@@ -1,15 +1,15 @@
 """`recipes/study_33m.yaml` against the study's loop, written here again: same tokens in, same update out."""
 
-import importlib.util
 from itertools import pairwise
 
 import torch
 from conftest import word_tokenizer
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, set_seed
-from trl import ModelConfig, RLOOConfig
+from trl import ModelConfig, RLOOConfig, RLOOTrainer
 
 from kl_alliteration.recipe import PenaltyArguments, RecipeParser, parse_recipe
 from kl_alliteration.sweep import ROOT
+from kl_alliteration.training import build_trainer
 
 STUDY_LEARNING_RATE, STUDY_BETA, GROUP, TOKENS = 1e-4, 40, 10, 100
 FASTER = 300  # both learning rates: in float32 an update of 1e-8 cannot be told to five digits
@@ -52,9 +52,6 @@ def study_update(policy, reference, texts, words, learning_rate: float) -> None:
 
 
 def test_the_same_tokens_give_the_study_s_update(tmp_path):
-    spec = importlib.util.spec_from_file_location("rloo_tall_tree", ROOT / "recipes/rloo_tall_tree.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
     words = tiny_gpt_neo(tmp_path / "model")
     parser = RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), defaults=ROOT / "recipes/study_33m.yaml")
     options = ["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
@@ -62,7 +59,7 @@ def test_the_same_tokens_give_the_study_s_update(tmp_path):
     args, training_args, model_args = parse_recipe(parser, [*options, "--report_to", "none", "--save_strategy", "no"])
     assert abs(training_args.learning_rate / (STUDY_LEARNING_RATE * GROUP / 99) - 1) < 1e-9
     training_args.learning_rate *= FASTER
-    trainer = recipe.build_trainer(args, training_args, model_args)
+    trainer = build_trainer(RLOOTrainer, args, training_args, model_args)
     batches, generate = [], trainer._generate_and_score_completions
 
     def spy(inputs):

@@ -20,8 +20,8 @@ from kl_alliteration.recipe import (
     one_line_errors,
     parse_recipe,
 )
+from kl_alliteration.reward_paths import CheckedReward
 from kl_alliteration.survival import TrainingStopped
-from kl_alliteration.training import CheckedReward
 
 DEFAULTS = Path(__file__).parents[2] / "recipes/rloo_tall_tree.yaml"
 CASES = settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
