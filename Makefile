@@ -39,4 +39,4 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 story-model: $(BIN)/.installed  ## corpus, tokenizer and weights of the embedded model again, from a seed
-	$(BIN)/python -m kl_alliteration.story_lm.train $(ARGS)
+	$(BIN)/python -m kl_alliteration.lab.story_model.train $(ARGS)

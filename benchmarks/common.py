@@ -1,9 +1,7 @@
-"""What the benchmarks share: the trainer that they time, silence, and groups of runs."""
+"""What the benchmarks share: the trainer that they time, and silence."""
 
-import argparse
 import tempfile
 import warnings
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -13,7 +11,6 @@ from trl import RLOOConfig, RLOOTrainer
 
 from kl_alliteration import alliteration_reward
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
-from kl_alliteration.sweep import ROOT, Run, run_all
 
 TOKENS = 100
 
@@ -74,20 +71,3 @@ def quiet() -> None:
 
 def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
-
-
-def runs_parser(doc: str, folder: str) -> argparse.ArgumentParser:
-    """Seeds, the folder of the runs under `runs`, and how many run side by side."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / folder)
-    parser.add_argument("--at_a_time", type=int, default=1)
-    return parser
-
-
-def run_groups(groups: dict[str, list[Run]], args: argparse.Namespace) -> dict[str, list[Path]]:
-    """Bring all runs of `rloo_tall_tree` to their end; their folders by group. Exits where one failed."""
-    config = str(ROOT / "accelerate_configs/cpu.yaml")
-    if run_all([run for group in groups.values() for run in group], args.folder, config, args.at_a_time):
-        raise SystemExit(1)
-    return {name: [args.folder / run.name for run in group] for name, group in groups.items()}

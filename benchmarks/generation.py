@@ -23,8 +23,9 @@ import torch
 from common import TOKENS, device, make_trainer, model_folder, quiet
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
-from kl_alliteration import alliteration_reward, generation, use_fast_sampling
-from kl_alliteration.decoder import read_decoder
+from kl_alliteration import alliteration_reward, use_fast_sampling
+from kl_alliteration.sampling import generate as generation
+from kl_alliteration.sampling.decoder import read_decoder
 from kl_alliteration.story_lm import PROMPT
 
 VARIANTS = {  # and what each asks of `use_fast_sampling`

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl_alliteration import judge, rewards
-from kl_alliteration.reward_model import AlliterationRewardModel, character_tables
+from kl_alliteration.rewards.reward_model import AlliterationRewardModel, character_tables
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 
 NAMES = (

@@ -16,19 +16,19 @@ import torch
 from common import device, make_trainer, quiet
 from transformers import TrainerCallback
 
-from kl_alliteration import KLMonitorCallback, KLPenaltyCallback
+from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback
 
 VARIANTS = {
     "stock": None,
-    "k1 in reward": {"kl_estimator": "k1"},
-    "k2 in loss": {"kl_estimator": "k2", "kl_placement": "loss"},
-    "k3 in both": {"kl_estimator": "k3", "kl_placement": "both"},
-    "abs in reward": {"kl_estimator": "abs"},
-    "budget of k1": {"kl_estimator": "k1", "kl_budget_per_token": 0.1},
-    "exact in reward": {"kl_estimator": "exact"},
-    "exact in both": {"kl_estimator": "exact", "kl_placement": "both"},
-    "top_k in both": {"kl_estimator": "top_k", "kl_placement": "both"},
-    "stock, monitored": {"monitor": True},
+    "k1 in reward": KLPenalty("k1"),
+    "k2 in loss": KLPenalty("k2", "loss"),
+    "k3 in both": KLPenalty("k3", "both"),
+    "abs in reward": KLPenalty("abs"),
+    "budget of k1": KLPenalty("k1", budget_per_token=0.1),
+    "exact in reward": KLPenalty("exact"),
+    "exact in both": KLPenalty("exact", "both"),
+    "top_k in both": KLPenalty("top_k", "both"),
+    "stock, monitored": "monitored",
 }
 
 
@@ -45,12 +45,12 @@ class StepTimes(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def train(options: dict | None, steps: int) -> list[float]:
+def train(variant: KLPenalty | str | None, steps: int) -> list[float]:
     trainer = make_trainer(beta=0.25, max_steps=steps + 1)
-    if options and options.get("monitor"):
+    if variant == "monitored":
         trainer.add_callback(KLMonitorCallback(trainer))
-    elif options:
-        KLPenaltyCallback(trainer, **options)
+    elif variant:
+        KLPenaltyCallback(trainer, variant)
     times = StepTimes()
     trainer.add_callback(times)
     trainer.train()

@@ -1,25 +1,14 @@
-"""The KL penalty as an instrument, for TRL's stock RLOO trainer."""
+"""The KL penalty as an instrument, for TRL's stock trainers. `kl_alliteration.lab` makes whole runs of it."""
 
-from .adapters import (
-    MovingAverageReferenceCallback,
-    ReferenceCallback,
-    ResetReferenceCallback,
-    default_lora_config,
-    load_adapter,
-)
-from .callbacks import (
-    KLControlCallback,
-    KLMonitorCallback,
-    KLPenaltyCallback,
-    MetricsFileCallback,
-    StoryProgressCallback,
-    StoryTableCallback,
-)
+from .adapters import default_lora_config, load_adapter
+from .control import KLControlCallback
 from .evaluation import Judgement, judge
-from .figures import plot_curves
-from .generation import use_fast_sampling
 from .guard import CollapseGuardCallback, CollapseLimits
+from .monitor import KLMonitorCallback
+from .penalty import KLPenalty, KLPenaltyCallback
+from .references import MovingAverageReferenceCallback, ReferenceCallback, ResetReferenceCallback
 from .rewards import alliteration_reward
+from .sampling import use_fast_sampling
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,17 +17,14 @@ __all__ = [
     "Judgement",
     "KLControlCallback",
     "KLMonitorCallback",
+    "KLPenalty",
     "KLPenaltyCallback",
-    "MetricsFileCallback",
     "MovingAverageReferenceCallback",
     "ReferenceCallback",
     "ResetReferenceCallback",
-    "StoryProgressCallback",
-    "StoryTableCallback",
     "alliteration_reward",
     "default_lora_config",
     "judge",
     "load_adapter",
-    "plot_curves",
     "use_fast_sampling",
 ]

@@ -1,4 +1,4 @@
-"""Rules that move beta: plain floats in, a price per nat of the sequence out. `KLControlCallback` applies them.
+"""Rules that move beta: plain floats in, a price per nat of the sequence out. [`KLControlCallback`] applies them.
 
 Every rule is a dataclass whose fields are its whole state, with `.value`, the beta to use now, and
 `.update(kl_per_token, generations)`, called once per generation batch with its mean KL and its number of completions.
@@ -7,6 +7,11 @@ KL is in nats per token, as TRL's metric `kl` is; beta is reward per nat of the 
 
 import math
 from dataclasses import dataclass, field
+
+from transformers import TrainerCallback
+
+from . import kl
+from ._trl import seam_of
 
 
 def _positive(**values: float) -> None:
@@ -159,3 +164,50 @@ class Schedule:
         self.seen += generations
         self.value = self._at(self.seen)
         return self.value
+
+
+class KLControlCallback(TrainerCallback):
+    """Let a rule move `trainer.beta` after every optimizer step that used new completions.
+
+    The rule's state goes into `trainer_state.json` of every checkpoint and comes back from it. On several processes
+    every rank sees the same pooled KL and so has the same beta.
+
+    Args:
+        trainer ([`~trl.RLOOTrainer`]): The trainer, stock, its `beta` not 0.
+        controller: A rule, such as `StepRule(0.25, target_kl_per_token=0.15)`.
+        kl_estimator (`str`, *optional*, defaults to `"k1"`): The estimate that the rule is fed.
+    """
+
+    STATE = "kl_alliteration.KLControl"  # its place among the trainer's stateful callbacks
+
+    def __init__(self, trainer, controller, kl_estimator: str = "k1"):
+        kl.check_choice("kl_estimator", kl_estimator, kl.estimators())
+        if trainer.beta == 0:
+            raise ValueError(
+                "beta must not be 0 at the start under control: TRL then loads no reference, and a rule that "
+                "multiplies never leaves 0; start from a small beta such as 0.01"
+            )
+        self.trainer, self.controller, self.kl_estimator = trainer, controller, kl_estimator
+        self.seam = seam_of(trainer)
+        if kl_estimator in kl.FULL_VOCABULARY:
+            self.seam.scorer.need_hidden_states()
+        self.seam.observers.append(self.observe)
+        self.seen = None  # (KL per token, completions) of the last generation batch
+        self.seam.controller, self.seam.beta = controller, controller.value
+
+    def observe(self, rollout: kl.Rollout) -> None:
+        if self.trainer.model.training:
+            kl_per_token = self.seam.mean_per_token(rollout.per_token_kl(self.kl_estimator), rollout.completion_mask)
+            self.seen = kl_per_token, len(rollout.logps) * self.trainer.accelerator.num_processes
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get(self.STATE)
+        if saved and state.global_step:
+            vars(self.controller).update(saved["attributes"])
+        self.seam.beta = self.controller.value
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.seen is not None:
+            self.seam.beta = self.controller.update(*self.seen)
+            self.seen = None
+        state.stateful_callbacks[self.STATE] = {"args": {}, "attributes": vars(self.controller).copy()}

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from .diversity import different_share, distinct_n
+from .text import different_share, distinct_n
 
 AT_ONCE = 2**27  # logits that are held at a time
 

@@ -6,10 +6,8 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from . import diversity, kl
-from ._trl import Rollout, forget_batches, last_completions, last_reward_std, rollout_seam
-from .callbacks import KLControlCallback
-from .rewards import as_text
+from . import kl, text
+from ._trl import forget_batches, last_completions, last_reward_std, seam_of
 
 
 @dataclass
@@ -75,7 +73,7 @@ class CollapseGuardCallback(TrainerCallback):
             raise ValueError(f"smoothing must be >= 1 and stronger > 1, got {smoothing} and {stronger}")
         self.trainer, self.action, self.limits = trainer, action, limits or CollapseLimits()
         self.smoothing, self.stronger, self.rollbacks = smoothing, stronger, rollbacks
-        self.seam = rollout_seam(trainer)
+        self.seam = seam_of(trainer)
         self.seam.after_batch.append(self.observe)
         self.recent: list[dict[str, float]] = []
         self.first_distinct_2: float | None = None
@@ -83,16 +81,16 @@ class CollapseGuardCallback(TrainerCallback):
         self.collapse: str | None = None  # what ended the run, in words
         self.factor = 1.0
 
-    def observe(self, rollout: Rollout | None) -> None:
+    def observe(self, rollout: kl.Rollout | None) -> None:
         trainer = self.trainer
         if not trainer.model.training:
             return
         _, completions, _ = last_completions(trainer)
-        texts = [as_text(completion) for completion in completions]
+        texts = [text.as_text(completion) for completion in completions]
         seen = {
-            "different_share": diversity.different_share(texts),
-            "distinct_2": (distinct_2 := diversity.distinct_n(texts, 2)),
-            "compression_ratio": diversity.compression_ratio(texts),
+            "different_share": text.different_share(texts),
+            "distinct_2": (distinct_2 := text.distinct_n(texts, 2)),
+            "compression_ratio": text.compression_ratio(texts),
             "reward_std": last_reward_std(trainer),
         }
         if self.first_distinct_2 is None:
@@ -136,19 +134,11 @@ class CollapseGuardCallback(TrainerCallback):
             self.first_distinct_2 = saved["attributes"]["first_distinct_2"]
             self.recent = saved["attributes"].get("recent", [])
         if self.factor != 1:
-            self.strengthen()
-
-    def strengthen(self) -> None:
-        """Raise beta, the rule's too where a rule is in charge: what the checkpoint brought back was too weak."""
-        for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, KLControlCallback):
-                callback.controller.value *= self.factor
-        self.trainer.beta *= self.factor
+            self.seam.strengthen(self.factor)  # what the checkpoint brought back was too weak
 
     def train(self, resume_from_checkpoint=None):
         """`trainer.train`, and again from the last good checkpoint at each collapse while there is one."""
         output = self.trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-        beta = self.trainer.args.beta
         while self.action == "rollback" and self.collapse and self.rollbacks > 0:
             if self.last_good is None or not Path(self.last_good).is_dir():
                 raise RuntimeError(
@@ -157,6 +147,6 @@ class CollapseGuardCallback(TrainerCallback):
             self.rollbacks -= 1
             forget_batches(self.trainer)
             self.factor *= self.stronger
-            self.trainer.beta = beta
+            self.seam.beta = self.trainer.args.beta
             output = self.trainer.train(resume_from_checkpoint=self.last_good)
         return output

@@ -1,4 +1,4 @@
-"""KL estimators, their reductions, their units, and the gradient that each choice gives: free functions on tensors.
+"""KL estimators, their reductions and their units: free functions on tensors, and the rollout that they are asked of.
 
 Notation: B completions, T completion tokens, V vocabulary, H hidden size; p is the policy, q the reference.
 `ref_log_ratio = logps - ref_logps` (B, T) is the log-ratio of the sampled tokens; its mean over samples of the policy
@@ -14,7 +14,8 @@ There are two kinds of estimator. To add one, write a function and put it into i
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -76,14 +77,19 @@ def top_k(log_p: torch.Tensor, log_q: torch.Tensor, token_ids: torch.Tensor, k: 
 
 SAMPLED: dict[str, Callable] = {"k1": k1, "k2": k2, "k3": k3, "abs": absolute}
 FULL_VOCABULARY: dict[str, Callable] = {"exact": exact, "top_k": top_k}
-PLACEMENTS = ("reward", "loss", "both")
 REDUCTIONS = ("sum", "mean")
-DIRECTIONS = ("reverse", "forward")
 
 
 def estimators() -> tuple[str, ...]:
-    """The names that `kl_estimator` may have."""
+    """The names of all estimators."""
     return (*SAMPLED, *FULL_VOCABULARY)
+
+
+def whole(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """A parameter that may be sharded, all of it."""
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    return parameter.detach().clone() if hasattr(parameter, "ds_status") else parameter
 
 
 @dataclass(frozen=True)
@@ -104,10 +110,11 @@ class LMHead:
     def of(cls, model, temperature: float = 1.0) -> "LMHead":
         """The head of a causal language model of transformers, at a sampling temperature.
 
-        A head that FSDP2 shards is gathered, with its gradient.
+        A head that FSDP2 shards is gathered, with its gradient. One that ZeRO-3 shards has to be gathered around this
+        call; it is copied, for it is gone afterwards, and the copy has no gradient.
 
         Raises:
-            `ValueError`: for a head with an adapter, whose weight would be the base's, or one that ZeRO-3 shards.
+            `ValueError`: for a head with an adapter, whose weight would be the base's.
         """
         config, head = model.config.get_text_config(), model.get_output_embeddings()
         if hasattr(head, "base_layer") or hasattr(head, "original_module"):  # of PEFT's wrappers
@@ -120,12 +127,7 @@ class LMHead:
         if scale is None and (scaling := getattr(config, "logits_scaling", None)) is not None:
             scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
         softcap = getattr(config, "final_logit_softcapping", None)
-        if hasattr(head.weight, "ds_status"):
-            raise ValueError(
-                "DeepSpeed ZeRO-3 shards the LM head, which full-vocabulary KL estimates read whole: use ZeRO-2 or "
-                "FSDP2, or kl_estimator k1"
-            )
-        weight, bias = (t.full_tensor() if isinstance(t, DTensor) else t for t in (head.weight, head.bias))
+        weight, bias = (whole(t) for t in (head.weight, head.bias))
         return cls(weight, bias, temperature, 1.0 if scale is None else scale, softcap)
 
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -184,12 +186,68 @@ def from_hidden_states(
     return values.new_zeros(counted.shape).masked_scatter(counted, values)
 
 
+def full_vocabulary_estimate(estimator: str, direction: str = "reverse", k: int = 64) -> partial:
+    """The function of `FULL_VOCABULARY` with its options bound: `f(log_p, log_q, token_ids)`."""
+    options = {"exact": {"direction": direction}, "top_k": {"k": k}}
+    return partial(FULL_VOCABULARY[estimator], **options.get(estimator, {}))
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """What the full-vocabulary estimators need: (B, T, H) states that predict the completion tokens, and LM heads."""
+
+    policy: torch.Tensor
+    reference: torch.Tensor
+    head: LMHead
+    ref_head: LMHead
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions on this process, scored by policy and reference, (B, T) each.
+
+    Detached in a generation batch; in the loss `logps` and `hidden.policy` carry the policy's gradient.
+    """
+
+    logps: torch.Tensor
+    ref_logps: torch.Tensor
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    hidden: HiddenStates | None = None
+    known: dict = field(default_factory=dict)  # full-vocabulary estimates that were asked for already
+    graphs: dict | None = None  # and the same with their graph, where the loss will ask again
+    base_logps: torch.Tensor | None = None  # of the base, adapter off, where the reference is another adapter
+
+    @property
+    def ref_log_ratio(self) -> torch.Tensor:
+        return self.logps - self.ref_logps  # (B, T); its mean over policy samples is KL(policy || reference)
+
+    def per_token_kl(self, estimator: str, direction: str = "reverse", k: int = 64) -> torch.Tensor:
+        """Any estimator, (B, T) nats; a full-vocabulary one is computed once."""
+        if estimator in SAMPLED:
+            return SAMPLED[estimator](self.ref_log_ratio)
+        estimate = full_vocabulary_estimate(estimator, direction, k)
+        key = estimator, *estimate.keywords.items()  # its own options, not the others'
+        if key not in self.known:
+            with nullcontext() if self.graphs is None else torch.enable_grad():
+                values = self._from_hidden_states(estimate)
+            if self.graphs is not None:
+                self.graphs[key], values = values, values.detach()
+            self.known[key] = values
+        return self.known[key]
+
+    def _from_hidden_states(self, estimate: Callable) -> torch.Tensor:
+        states = self.hidden
+        models = states.policy, states.reference, states.head, states.ref_head
+        return from_hidden_states(estimate, *models, self.completion_ids, self.completion_mask)
+
+
 def reduce_per_sequence(per_token_kl: torch.Tensor, completion_mask: torch.Tensor, reduction: str) -> torch.Tensor:
     """One number a completion, (B, T) -> (B,): `"sum"` in nats per sequence, `"mean"` in nats per counted token.
 
     `"mean"` divides by each completion's own number of counted tokens; a completion with none gets 0.
     """
-    check_choice("kl_reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
     kl_per_sequence = (per_token_kl * completion_mask).sum(-1)  # (B, T) -> (B,)
     return kl_per_sequence if reduction == "sum" else kl_per_sequence / completion_mask.sum(-1).clamp(min=1)
 
@@ -219,133 +277,35 @@ def to_study_beta(beta_per_sequence: float, positions: int = 99) -> float:
     return beta_per_sequence * positions
 
 
-@dataclass(frozen=True)
-class GradientContract:
-    """The expected gradient of `E[penalty]` that a choice really gives, and, where it is null or wrong, the remedy."""
-
-    gradient: str
-    use_instead: str | None = None
-
-
-PARTIAL = "sum over t of E[grad KL_t]: partial, no credit for the states that a token leads to"
-REVERSE = "the gradient of the reverse KL, KL(policy || reference)"
-CONTRACT = {
-    ("k1", "reward"): GradientContract(REVERSE),
-    ("k1", "loss"): GradientContract("zero: only noise", "k2 in the loss, or k1 in the reward"),
-    ("k1", "both"): GradientContract(f"{REVERSE}; the loss adds noise and nothing else", "k1 in the reward"),
-    ("k2", "reward"): GradientContract(
-        "that of E[k2] less the partial reverse-KL gradient: no gradient of a KL",
-        "k2 in the loss, or k1 in the reward",
-    ),
-    ("k2", "loss"): GradientContract(f"of the reverse KL, {PARTIAL}"),
-    ("k2", "both"): GradientContract(
-        "that of the mean squared log-ratio, E[k2]: no gradient of a KL", "k2 in the loss, or k1 in the reward"
-    ),
-    ("k3", "reward"): GradientContract(
-        "the reverse-KL gradient less the partial forward-KL gradient: vanishes near the reference, and pushes tokens "
-        "that the policy already under-weights further away",
-        "k1 in the reward, k3 in both, or k3 in the loss",
-    ),
-    ("k3", "loss"): GradientContract(f"of the forward KL, KL(reference || policy), {PARTIAL}"),
-    ("k3", "both"): GradientContract(REVERSE),
-    ("abs", "reward"): GradientContract(
-        "that of E|log-ratio| less twice the total variation's partial gradient: no gradient of a KL",
-        "k1 in the reward",
-    ),
-    ("abs", "loss"): GradientContract(
-        "twice the total variation distance's, per token: partial, and of one size however far the policy is"
-    ),
-    ("abs", "both"): GradientContract("that of E|log-ratio|: no gradient of a KL", "k1 in the reward"),
-    ("exact", "reward"): GradientContract(
-        "the future-state term only: no own-token term, so the last token is not held at all",
-        "exact in both, or k1 in the reward",
-    ),
-    ("exact", "loss"): GradientContract(f"of the reverse KL, {PARTIAL}; no sampling noise in the value"),
-    ("exact", "both"): GradientContract(f"{REVERSE}, at far lower variance than k1"),
-    ("top_k", "reward"): GradientContract(
-        "the future-state term, and of the own-token term only what lies outside of the k likeliest tokens",
-        "top_k in both, or k1 in the reward",
-    ),
-    ("top_k", "loss"): GradientContract(
-        f"of the reverse KL, {PARTIAL}, and without the tokens outside of the k likeliest"
-    ),
-    ("top_k", "both"): GradientContract(f"{REVERSE}, at lower variance than k1"),
-}
-FORWARD = {
-    "reward": GradientContract(
-        "the future-state term of the forward KL only: no own-token term", "exact in both, direction forward"
-    ),
-    "loss": GradientContract(f"of the forward KL, KL(reference || policy), {PARTIAL}; no sampling noise in the value"),
-    "both": GradientContract("that of the forward KL, KL(reference || policy), per token on the policy's own texts"),
-}
-
-
-def gradient_contract(
-    estimator: str,
-    placement: str = "reward",
-    reduction: str = "sum",
-    direction: str = "reverse",
-    budget_per_token: float | None = None,
-) -> GradientContract:
-    """Which gradient a penalty gives on average over completions that the policy itself sampled.
-
-    Every row is proven by enumeration in `tests/test_contract.py`. An estimator of your own has no row.
-
-    Raises:
-        `ValueError`: for a choice that does not exist.
-    """
-    check_penalty(estimator, placement, reduction, direction, budget_per_token)
-    row = FORWARD[placement] if direction == "forward" else CONTRACT.get((estimator, placement))
-    if row is None:
-        return GradientContract(f"unknown: {estimator!r} has no row in the contract")
-    words = row.gradient
-    if reduction == "mean":
-        words += "; divided by the completion's length, so that long completions count less per token"
-    if budget_per_token is not None:
-        words += "; none within the budget, that of the completions beyond it only outside"
-    return GradientContract(words, row.use_instead)
-
-
-def warn_of_gradient(contract: GradientContract, choice: str, strict: bool = False) -> None:
-    """Warn of a null or wrong gradient, or stop with a `ValueError` where `strict`."""
-    if contract.use_instead is None:
-        return
-    message = f"{choice} gives a gradient that is {contract.gradient}. Use {contract.use_instead}."
-    if strict:
-        raise ValueError(message)
-    warnings.warn(message, stacklevel=3)
-
-
-def check_penalty(estimator: str, placement: str, reduction: str, direction: str, budget_per_token) -> None:
-    """`ValueError` for what is no penalty."""
-    check_choice("kl_estimator", estimator, estimators())
-    check_choice("kl_placement", placement, PLACEMENTS)
-    check_choice("kl_reduction", reduction, REDUCTIONS)
-    check_choice("kl_direction", direction, DIRECTIONS)
-    if direction == "forward" and estimator != "exact":
-        raise ValueError(
-            f"kl_direction 'forward' needs kl_estimator 'exact', got {estimator!r}: samples of the policy cannot say "
-            "what the reference alone would write"
-        )
-    if budget_per_token is not None:
-        if not 0 <= budget_per_token < float("inf"):
-            raise ValueError(f"kl_budget_per_token must be >= 0 and finite, got {budget_per_token}")
-        if placement != "reward" and estimator not in FULL_VOCABULARY:
-            raise ValueError(
-                f"kl_budget_per_token in the loss needs kl_estimator {' or '.join(FULL_VOCABULARY)}, "
-                f"got {estimator!r}; take it away with kl_budget_per_token none"
-            )
-
-
-def full_vocabulary_estimate(estimator: str, direction: str = "reverse", k: int = 64) -> partial:
-    """The function of `FULL_VOCABULARY` with its options bound: `f(log_p, log_q, token_ids)`."""
-    if k < 1:
-        raise ValueError(f"kl_top_k must be >= 1, got {k}")
-    options = {"exact": {"direction": direction}, "top_k": {"k": k}}
-    return partial(FULL_VOCABULARY[estimator], **options.get(estimator, {}))
-
-
 def check_choice(field: str, value, choices) -> None:
     """`ValueError` that names the field, the value and what it may be."""
     if value not in choices:
         raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def warn_of_sampling(args, estimator: str) -> None:
+    """Say that completions are not drawn from the distributions whose log-probabilities are compared.
+
+    `args`: a trainer's, with `top_k`, `top_p`, `min_p` and `temperature`.
+    """
+    truncated = [
+        f"{name}={value}"
+        for name, value, off in (
+            ("top_k", args.top_k, (0, None)),
+            ("top_p", args.top_p, (1.0, None)),
+            ("min_p", args.min_p, (0.0, None)),
+        )
+        if value not in off
+    ]
+    if truncated and estimator in SAMPLED:
+        warnings.warn(
+            f"{', '.join(truncated)}: completions are sampled from a truncated policy, so sampled estimates of the KL "
+            "are biased; the estimator 'exact' is not, at the states that are visited.",
+            stacklevel=3,
+        )
+    if args.temperature != 1:
+        warnings.warn(
+            f"temperature={args.temperature}: TRL divides the logits of policy and reference by it, so every KL here "
+            "is that of the tempered policies, not of the models at temperature 1.",
+            stacklevel=3,
+        )

@@ -16,12 +16,12 @@ import torch
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
-from kl_alliteration.decoder import read_decoder
 from kl_alliteration.evaluation import best_of_n, plain_sampling
-from kl_alliteration.figures import plot_frontier, read_run
-from kl_alliteration.generation import sample
-from kl_alliteration.recipe import one_line_errors
-from kl_alliteration.reward_paths import load_rewards
+from kl_alliteration.lab.checked_rewards import load_rewards
+from kl_alliteration.lab.figures import plot_frontier, read_run
+from kl_alliteration.lab.survival import one_line_errors
+from kl_alliteration.sampling.decoder import read_decoder
+from kl_alliteration.sampling.generate import sample
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 
 

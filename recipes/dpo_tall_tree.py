@@ -14,10 +14,13 @@ from datasets.utils.logging import disable_progress_bar
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from kl_alliteration import use_fast_sampling
-from kl_alliteration.preferences import longest
-from kl_alliteration.recipe import PairArguments, RecipeParser, check_options, one_line_errors, parse_recipe
-from kl_alliteration.reward_paths import ranking_reward
-from kl_alliteration.training import load_pairs, load_policy, load_tokenizer, run_recipe
+from kl_alliteration.lab.checked_rewards import ranking_reward
+from kl_alliteration.lab.inputs import load_pairs, load_policy, load_tokenizer
+from kl_alliteration.lab.options import PairArguments, check_options
+from kl_alliteration.lab.pairs import longest
+from kl_alliteration.lab.parser import RecipeParser, parse_recipe
+from kl_alliteration.lab.run import run_recipe
+from kl_alliteration.lab.survival import one_line_errors
 
 
 @one_line_errors

@@ -11,7 +11,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, HfArgumentParser
 
 from kl_alliteration.adapters import is_adapter, load_adapter, merge
-from kl_alliteration.recipe import check_model_path, one_line_errors
+from kl_alliteration.lab.options import check_model_path
+from kl_alliteration.lab.survival import one_line_errors
 
 
 @dataclass

@@ -14,8 +14,10 @@ from pathlib import Path
 from datasets.utils.logging import disable_progress_bar
 from trl import ModelConfig, RLOOConfig, RLOOTrainer
 
-from kl_alliteration.recipe import PenaltyArguments, RecipeParser, check_options, one_line_errors, parse_recipe
-from kl_alliteration.training import build_trainer, run_recipe, total_reward
+from kl_alliteration.lab.options import PenaltyArguments, check_options
+from kl_alliteration.lab.parser import RecipeParser, parse_recipe
+from kl_alliteration.lab.run import build_trainer, run_recipe, total_reward
+from kl_alliteration.lab.survival import one_line_errors
 
 
 @one_line_errors

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from kl_alliteration import alliteration_reward, judge
 from kl_alliteration.adapters import is_adapter, load_adapter
-from kl_alliteration.alliteration import alliterating_words
-from kl_alliteration.callbacks import shown
-from kl_alliteration.recipe import check_model_path, one_line_errors
+from kl_alliteration.lab.options import check_model_path
+from kl_alliteration.lab.progress import shown
+from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
+from kl_alliteration.text import alliterating_words
 
 
 @dataclass

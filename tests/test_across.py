@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from kl_alliteration.across import JudgedRun, equal_kl, judged, write_page
+from kl_alliteration.lab.comparison import JudgedRun, equal_kl, judged, write_page
 
 FRONTIER = [{"n": 1, "kl_per_sequence": 0.0, "reward": 4.0, "low": 4.0, "high": 4.0}]
 FRONTIER.append({"n": 9, "kl_per_sequence": 1.3, "reward": 7.0, "low": 6.5, "high": 7.5})

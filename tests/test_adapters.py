@@ -19,9 +19,6 @@ from transformers import (
 
 from kl_alliteration import KLMonitorCallback, KLPenaltyCallback
 from kl_alliteration.adapters import (
-    MovingAverageReferenceCallback,
-    ReferenceCallback,
-    ResetReferenceCallback,
     check_trains,
     default_lora_config,
     load_adapter,
@@ -30,9 +27,10 @@ from kl_alliteration.adapters import (
     probe,
     save_stacked,
 )
-from kl_alliteration.runs import last_checkpoint
+from kl_alliteration.lab.run import save_final
+from kl_alliteration.lab.runs import last_checkpoint
+from kl_alliteration.references import MovingAverageReferenceCallback, ReferenceCallback, ResetReferenceCallback
 from kl_alliteration.story_lm import MODEL_PATH
-from kl_alliteration.training import save_final
 
 IDS = torch.arange(24).view(2, 12)
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from test_recipes import ROOT, SMALL, run
 
-from kl_alliteration.training import judge_run
+from kl_alliteration.lab.run import judge_run
 
 TINY = [*SMALL[:-2], "--report_to", "none", "--disable_tqdm", "true"]
 FEW = (
@@ -106,7 +106,7 @@ def test_refusals_of_dpo(tmp_path, monkeypatch, capsys, options, says):
 
 def test_all_algorithms_beside_each_other(tmp_path):
     """Two algorithms, two betas: a page, kept runs, shared pairs; a failure is named and the rest is on the page."""
-    algorithms = yaml.safe_load((ROOT / "recipes/kl_across_algorithms.yaml").read_text())["algorithms"]
+    algorithms = yaml.safe_load((ROOT / "studies/kl_across_algorithms.yaml").read_text())["algorithms"]
     small = {"max_completion_length": 12, "per_device_train_batch_size": 4, "max_steps": 2, "warmup_steps": 0}
     clipped = algorithms["clipped"] | {"betas": [0], "options": small | {"num_iterations": 2, "num_generations": 4}}
     dpo = algorithms["DPO"] | {

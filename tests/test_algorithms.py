@@ -31,7 +31,7 @@ from enumeration import (
 from torch.nn.functional import logsigmoid
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-from kl_alliteration.preferences import longest
+from kl_alliteration.lab.pairs import longest
 
 ROOT = Path(__file__).parent.parent
 BETA = 0.7

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kl_alliteration import alliteration_reward
-from kl_alliteration.alliteration import count_alliterations
+from kl_alliteration.text import count_alliterations
 
 
 @pytest.mark.parametrize(

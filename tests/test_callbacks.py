@@ -4,7 +4,7 @@ import json
 import pytest
 from rich.console import Console
 
-from kl_alliteration import MetricsFileCallback, StoryTableCallback
+from kl_alliteration.lab.progress import MetricsFileCallback, StoryTableCallback
 
 
 def test_metrics_file_has_one_line_a_log_with_generations_and_beta(make_trainer, tmp_path):

@@ -176,7 +176,7 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("rows", [2, 8])
 def test_nothing_larger_than_a_chunk_is_made_at_a_vocabulary_of_50257(rows):
-    """Forward and backward; B x T x V would be 3.2 million elements. Peak memory itself: benchmarks/estimators.py."""
+    """Forward and backward; B x T x V would be 3.2 million elements. Peak memory itself: studies/estimators.py."""
     vocabulary, hidden_size, shape = 50_257, 4, (4, 16)
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(vocabulary, hidden_size, generator=generator) for _ in range(2)]

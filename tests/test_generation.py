@@ -19,8 +19,8 @@ from transformers.generation.logits_process import (
 )
 
 from kl_alliteration import KLPenaltyCallback, generation, kl, use_fast_sampling
-from kl_alliteration._trl import rollout_seam
-from kl_alliteration.decoder import Unsupported, read_decoder
+from kl_alliteration._trl import seam_of
+from kl_alliteration.sampling.decoder import Unsupported, read_decoder
 
 V = 61
 SIZES = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -223,7 +223,7 @@ def test_one_forward_gives_the_same_run_with_one_pass_less(make_trainer, lora, p
         if penalty:
             KLPenaltyCallback(trainer, **penalty)
         if one_forward:
-            assert rollout_seam(trainer).one_forward()
+            assert seam_of(trainer).one_forward()
         calls = [] if lora else score_calls(trainer)
         runs.append(history(trainer))
         if not lora:
@@ -240,7 +240,7 @@ def test_one_forward_makes_a_full_vocabulary_estimate_once(make_trainer, monkeyp
         trainer = make_trainer(max_steps=3)
         KLPenaltyCallback(trainer, "exact", "both")
         if one_forward:
-            rollout_seam(trainer).one_forward()
+            seam_of(trainer).one_forward()
         calls.clear()
         trainer.train()
         assert len(calls) == (3 if one_forward else 6)
@@ -251,7 +251,7 @@ def test_one_forward_makes_a_full_vocabulary_estimate_once(make_trainer, monkeyp
 )
 def test_one_forward_is_off_where_a_batch_is_not_one_update(make_trainer, options):
     trainer = make_trainer(**options)
-    assert rollout_seam(trainer).one_forward() is False
+    assert seam_of(trainer).one_forward() is False
     trainer.train()
 
 
@@ -268,7 +268,7 @@ def test_memory_that_was_freed_stays_with_the_process():
     """A tensor made anew costs a page fault every 4 KB, and none once memory is kept: in a process of its own."""
     script = """if True:
         import resource, torch
-        from kl_alliteration.generation import keep_freed_memory
+        from kl_alliteration.sampling import keep_freed_memory
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(10):

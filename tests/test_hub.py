@@ -12,7 +12,8 @@ import pytest
 import yaml
 from hub_server import HubServer
 
-from kl_alliteration.recipe import PenaltyArguments, RecipeParser, parse_recipe
+from kl_alliteration.lab.options import PenaltyArguments
+from kl_alliteration.lab.parser import RecipeParser, parse_recipe
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--max_steps 2 --max_completion_length 12 --eval_stories 6 --logging_steps 1 --show_stories_every 0".split()

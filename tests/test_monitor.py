@@ -9,7 +9,7 @@ import torch
 from two_processes import controlled, rewards
 
 from kl_alliteration import KLMonitorCallback, KLPenaltyCallback
-from kl_alliteration._trl import Rollout
+from kl_alliteration.kl import Rollout
 
 
 def keep_rollouts(trainer) -> list[Rollout]:

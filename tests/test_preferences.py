@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kl_alliteration.preferences import ranked, read_pairs, sample_pairs, write_pairs
+from kl_alliteration.lab.pairs import ranked, read_pairs, sample_pairs, write_pairs
 
 RANKED = [(3.0, "c"), (1.0, "a"), (2.0, "b"), (2.0, "B"), (9.0, "d")]
 

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, RLOOConfig, RLOOTrainer
 
 from kl_alliteration.adapters import load_adapter
-from kl_alliteration.recipe import PenaltyArguments, RecipeParser, parse_recipe, write_recipe
-from kl_alliteration.reward_model import AlliterationRewardModel
+from kl_alliteration.lab.options import PenaltyArguments
+from kl_alliteration.lab.parser import RecipeParser, parse_recipe, write_recipe
+from kl_alliteration.lab.sweep import end_orphan
+from kl_alliteration.rewards.reward_model import AlliterationRewardModel
 from kl_alliteration.story_lm import MODEL_PATH
-from kl_alliteration.sweep import end_orphan
 
 ROOT = Path(__file__).parent.parent
 FIXED_BETA = "--config", ROOT / "recipes/fixed_beta.yaml"
@@ -369,7 +370,7 @@ def test_a_sweep_prints_its_commands_and_ends_in_a_report(tmp_path):
 
 
 def test_the_extended_run_has_the_default_beside_it(tmp_path):
-    config = "--config", ROOT / "recipes/extended.yaml"
+    config = "--config", ROOT / "studies/extended.yaml"
     said = run(*config, "--print_commands", cwd=tmp_path, recipe="sweep_beta.py").stdout.splitlines()
     assert len(said) == 6 and "fixed_beta.yaml" in said[0]
     assert "--max_steps 500" in said[0] and "--beta 20 --beta_unit study --seed 0" in said[0]
@@ -396,7 +397,7 @@ def test_a_sweep_that_was_killed_ends_as_if_it_had_not_been(tmp_path):
     options = "--betas 1 --beta_unit sequence --seeds 0 --save_strategy steps --save_steps 5 --max_steps 30".split()
     options = [*SMALL[2:], *options, "--report_to", "none"]
     run(*options, "--output_dir", "whole", cwd=tmp_path, recipe="sweep_beta.py")
-    command = [sys.executable, str(ROOT / "recipes/sweep_beta.py"), *options, "--output_dir", "killed"]
+    command = [sys.executable, str(ROOT / "studies/sweep_beta.py"), *options, "--output_dir", "killed"]
     sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     broken = tmp_path / "killed/beta_1_seed_0"
     while sweep.poll() is None and not list(broken.glob("checkpoint-*/trainer_state.json")):

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from kl_alliteration.alliteration import alliterating_words
-from kl_alliteration.report import PANELS, order_of_rewards, verdict, write_report
+from kl_alliteration.lab.report import PANELS, order_of_rewards, verdict, write_report
+from kl_alliteration.text import alliterating_words
 
 
 def a_run(folder, name: str, beta: float, reward: float, finished: bool = True):

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from kl_alliteration.alliteration import count_alliterations
-from kl_alliteration.reward_model import AlliterationRewardModel, spell_tokens
+from kl_alliteration.rewards.reward_model import AlliterationRewardModel, spell_tokens
 from kl_alliteration.story_lm import MODEL_PATH
+from kl_alliteration.text import count_alliterations
 
 TEXTS = ["Once upon a time the tall tall tree tried to touch the top of the sky", "Éva écrit des étés, 🌳 🌳 🌲 naïve"]
 

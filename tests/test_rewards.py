@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from trl import GRPOConfig, GRPOTrainer
 
 from kl_alliteration import letters, phonetics, rewards
-from kl_alliteration.alliteration import alliterating_pairs, bare, identical_share, longest_run
 from kl_alliteration.rewards import AlliterationReward, StartingLetterReward, count_alliterations, rare_letter_weights
+from kl_alliteration.text import alliterating_pairs, bare, identical_share, longest_run
 
 
 def score(text: str, **options) -> float:

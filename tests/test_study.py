@@ -7,9 +7,10 @@ from conftest import word_tokenizer
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, set_seed
 from trl import ModelConfig, RLOOConfig, RLOOTrainer
 
-from kl_alliteration.recipe import PenaltyArguments, RecipeParser, parse_recipe
-from kl_alliteration.sweep import ROOT
-from kl_alliteration.training import build_trainer
+from kl_alliteration.lab.options import PenaltyArguments
+from kl_alliteration.lab.parser import RecipeParser, parse_recipe
+from kl_alliteration.lab.run import build_trainer
+from kl_alliteration.lab.sweep import ROOT
 
 STUDY_LEARNING_RATE, STUDY_BETA, GROUP, TOKENS = 1e-4, 40, 10, 100
 FASTER = 300  # both learning rates: in float32 an update of 1e-8 cannot be told to five digits

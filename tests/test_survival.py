@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from kl_alliteration.reward_paths import CheckedReward
-from kl_alliteration.runs import is_complete, last_checkpoint
-from kl_alliteration.survival import Terminated, TrainingStopped, stop_beyond, train_or_say_why
+from kl_alliteration.lab.checked_rewards import CheckedReward
+from kl_alliteration.lab.runs import is_complete, last_checkpoint
+from kl_alliteration.lab.survival import Terminated, TrainingStopped, stop_beyond, train_or_say_why
 
 ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / "recipes/rloo_tall_tree.py")

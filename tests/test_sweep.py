@@ -13,8 +13,8 @@ import psutil
 import pytest
 from rich.console import Console
 
-from kl_alliteration.runs import read_metrics, read_summary
-from kl_alliteration.sweep import ROOT, Run, end_orphan, launch_command, run_all, seeds_of
+from kl_alliteration.lab.runs import read_metrics, read_summary
+from kl_alliteration.lab.sweep import ROOT, Run, end_orphan, launch_command, run_all, seeds_of
 
 CPU = str(ROOT / "accelerate_configs/cpu.yaml")
 # A recipe's manners without its work: counts its starts, and ends as it is told.
@@ -82,7 +82,7 @@ def test_a_run_goes_on_from_its_last_complete_checkpoint(recipe, tmp_path):
 def test_what_a_killed_sweep_left_running_is_ended(recipe, tmp_path):
     script = textwrap.dedent(f"""
         from pathlib import Path
-        from kl_alliteration.sweep import Run, run_all
+        from kl_alliteration.lab.sweep import Run, run_all
         options = {{"ending": "well", "seconds": 60, "seed": 0}}
         run_all([Run("a", options, recipe=Path({str(recipe)!r}))], Path({str(tmp_path)!r}), {CPU!r})
     """)

@@ -7,7 +7,8 @@ import torch
 from trl import RLOOTrainer
 
 from kl_alliteration import KLPenaltyCallback, kl
-from kl_alliteration._trl import ATTRIBUTES, METHODS, check_trainer, rollout_seam
+from kl_alliteration._trl import seam_of
+from kl_alliteration._trl.seam import ATTRIBUTES, METHODS, check_trainer
 
 TIMES = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "profiling")
 
@@ -103,7 +104,7 @@ def test_without_a_baseline_the_weights_are_the_rewards_less_the_penalty(make_tr
     for baseline in (True, False):
         trainer = make_trainer(beta=beta, max_steps=2, reward_clip_range=(0.0, 4.0))
         trainer.reward_funcs[0] = some
-        seam = rollout_seam(trainer)
+        seam = seam_of(trainer)
         seam.baseline = baseline
         generate = trainer._generate_and_score_completions
         batches = found[baseline] = []

@@ -1,4 +1,4 @@
-"""The embedded story model: a small pretrained Llama, its corpus and the command that makes it again."""
+"""The embedded story model: its weights, as a folder of transformers' own format, and what its stories start with."""
 
 from pathlib import Path
 

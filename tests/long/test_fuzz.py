@@ -13,15 +13,10 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from trl import ModelConfig, RLOOConfig
 
-from kl_alliteration.recipe import (
-    PenaltyArguments,
-    RecipeParser,
-    check_options,
-    one_line_errors,
-    parse_recipe,
-)
-from kl_alliteration.reward_paths import CheckedReward
-from kl_alliteration.survival import TrainingStopped
+from kl_alliteration.lab.checked_rewards import CheckedReward
+from kl_alliteration.lab.options import PenaltyArguments, check_options
+from kl_alliteration.lab.parser import RecipeParser, parse_recipe
+from kl_alliteration.lab.survival import TrainingStopped, one_line_errors
 
 DEFAULTS = Path(__file__).parents[2] / "recipes/rloo_tall_tree.yaml"
 CASES = settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))

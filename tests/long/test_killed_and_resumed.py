@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kl_alliteration.runs import last_checkpoint
+from kl_alliteration.lab.runs import last_checkpoint
 
 RECIPE = str(Path(__file__).parents[2] / "recipes/rloo_tall_tree.py")
 KILLS = 20

@@ -1,0 +1,39 @@
+"""The one door to TRL's private names. Read from trl 1.16.0, `rloo_trainer.py` and `grpo_trainer.py`.
+
+What is leaned on, each guarded by `tests/test_trl_seam.py`, or `tests/test_grpo.py` for GRPO:
+
+- `_generate_and_score_completions(inputs)` makes one generation batch. Inside it `_get_per_token_logps_and_entropies`
+  is called for the policy and then, if `beta != 0`, for the reference; nothing else calls it there. Its first result
+  is `logps` (B, T); its second to fourth positional arguments are `input_ids` and `attention_mask` (B, P + T) and
+  `logits_to_keep`, T. With LoRA the second call runs while the adapter is off.
+- the penalty is `beta * ((logps - ref_logps) * completion_mask).sum(-1)`, subtracted from the reward.
+- what it returns is a dictionary whose tensors, (B, ...), are shuffled and split together; `old_logps` is (B,).
+- `_compute_loss(model, inputs)` calls `_get_per_token_logps_and_entropies` once, and means its loss over B.
+- both calls end in the backbone, `base_model` of the causal language model, once a chunk of B, with the positions of
+  prompt and completion; its `last_hidden_state` is what the LM head is applied to.
+- `_metrics[mode]["kl"]` holds one mean log-ratio per generation batch, averaged at the next log.
+- `_step` counts micro-batches and `_buffered_inputs` holds those of the generation batch under way.
+- `_logs` holds the last generation batch, of all processes in their order: `prompt`, `completion`, `rewards` by name,
+  `advantages`; the returned `advantages` are this process's slice.
+- of `GRPOTrainer`, which has the same names: what `_generate_and_score_completions` returns holds `prompt_ids`,
+  `prompt_mask`, `completion_ids`, `completion_mask`, (B, P) and (B, T), and its loss reads `beta` anew.
+- `_load_from_checkpoint(checkpoint)`, of transformers, brings model or adapters back.
+- `use_adapter` and `create_model_from_path`, `add_fused_lm_head`, `disable_dropout_in_model`, by which it makes the
+  reference.
+"""
+
+from trl import GRPOTrainer
+
+from .grpo import GRPOSeam
+from .rloo import RLOOSeam
+from .seam import Seam, UnknownTRLError, forget_batches, last_completions, last_reward_std
+
+__all__ = ["Seam", "UnknownTRLError", "forget_batches", "last_completions", "last_reward_std", "seam_of"]
+
+
+def seam_of(trainer) -> Seam:
+    """The trainer's one seam, installed at the first call."""
+    if "_kl_alliteration_seam" not in vars(trainer):
+        kind = GRPOSeam if isinstance(trainer, GRPOTrainer) else RLOOSeam
+        trainer._kl_alliteration_seam = kind(trainer)
+    return trainer._kl_alliteration_seam

@@ -1,0 +1,152 @@
+"""What both seams are: the stock trainer's methods, who watches, the metrics, and the last generation batch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import trl
+
+from .. import kl
+from .scoring import Scorer
+
+READ_FROM = "1.16.0"
+METHODS = (
+    "_generate_and_score_completions",
+    "_get_per_token_logps_and_entropies",
+    "_compute_loss",
+    "_load_from_checkpoint",
+)
+ATTRIBUTES = ("beta", "ref_model", "temperature", "num_iterations", "aux_loss_enabled", "_metrics", "_logs", "_step")
+
+
+class UnknownTRLError(RuntimeError):
+    """The installed TRL is not one whose private names and call order this package knows."""
+
+
+def unknown_order(what: str) -> UnknownTRLError:
+    """For a trainer that has the names and does something else."""
+    return UnknownTRLError(f"trl {trl.__version__} {what}: kl_alliteration was written against trl {READ_FROM}")
+
+
+def check_trainer(trainer) -> None:
+    """Refuse, by name, a trainer without the private names that this package was written against."""
+    missing = [name for name in METHODS + ATTRIBUTES if not hasattr(trainer, name)]
+    if missing:
+        raise UnknownTRLError(
+            f"{type(trainer).__name__} of trl {trl.__version__} has no {', '.join(missing)}; kl_alliteration was "
+            f"written against trl {READ_FROM}'s RLOOTrainer and GRPOTrainer: install that version or a newer "
+            "kl_alliteration"
+        )
+
+
+class Seam:
+    """Wraps bound methods of one stock trainer. Callbacks know the trainer's inside only through this."""
+
+    def __init__(self, trainer):
+        check_trainer(trainer)
+        self.trainer, self.scorer = trainer, Scorer(trainer)
+        self.penalty: Callable[[kl.Rollout], torch.Tensor] | None = None  # a `KLPenalty`; `None` is TRL's own
+        self.controller = None  # what moves beta, where anything does
+        self.observers: list[Callable[[kl.Rollout], None]] = []  # called after every batch with a reference
+        self.after_batch: list[Callable[[kl.Rollout | None], None]] = []  # and after every one
+        self.watch_rollout_policy = False  # log, in the loss, how far the policy is from the one that sampled
+        self.stock = SimpleNamespace(
+            generate_and_score=trainer._generate_and_score_completions,
+            compute_loss=trainer._compute_loss,
+            load_from_checkpoint=trainer._load_from_checkpoint,
+        )
+        trainer._load_from_checkpoint = self.load_from_checkpoint
+
+    def use_penalty(self, penalty) -> None:
+        raise NotImplementedError
+
+    @property
+    def last_penalty(self) -> torch.Tensor | None:
+        """(B,), what beta was last multiplied with in the reward; `None` where the penalty is not in the reward."""
+        return None
+
+    @property
+    def beta(self) -> float:
+        return self.trainer.beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self.trainer.beta = value
+
+    def strengthen(self, factor: float) -> None:
+        """Raise beta, the controller's too where one is in charge."""
+        if self.controller is not None:
+            self.controller.value *= factor
+        self.beta *= factor
+
+    def load_from_checkpoint(self, checkpoint, *args, **kwargs):
+        """transformers before 5.23 leaves the adapter that trains as it is where another, `ref`, is saved below it."""
+        self.stock.load_from_checkpoint(checkpoint, *args, **kwargs)
+        if self.scorer.has_free_reference and Path(checkpoint, "adapter_model.safetensors").is_file():
+            self.trainer.accelerator.unwrap_model(self.trainer.model).load_adapter(
+                checkpoint, "default", is_trainable=True
+            )
+
+    def tell(self, rollout: kl.Rollout | None) -> None:
+        if rollout is not None:
+            with torch.no_grad():
+                for observe in self.observers:
+                    observe(rollout)
+        for observe in self.after_batch:
+            observe(rollout)
+
+    def check_loss(self, loss: torch.Tensor) -> None:
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()}")
+
+    def log_rollout_kl(self, logps: torch.Tensor, inputs) -> None:
+        """`kl/rollout_per_sequence` of a micro-batch: how far the policy is from the one that sampled it."""
+        if self.watch_rollout_policy and self.trainer.model.training:
+            new_logps = (logps.detach() * inputs["completion_mask"]).sum(1)
+            moved = self.trainer.accelerator.gather(inputs["old_logps"] - new_logps).mean().item()
+            self.metrics["kl/rollout_per_sequence"].append(moved)
+
+    def mean_per_token(self, values: torch.Tensor, mask: torch.Tensor) -> float:
+        """Mean of (B, T) values over the counted tokens of all processes: sums and counts are reduced, not means."""
+        sums = torch.stack([(values * mask).sum(), mask.sum().float()])
+        total, count = self.trainer.accelerator.reduce(sums, reduction="sum")
+        return (total / count.clamp(min=1)).item()
+
+    def mean_per_sequence(self, values: torch.Tensor, mask: torch.Tensor) -> float:
+        """Mean over the completions of all processes of what (B, T) values sum to under the mask."""
+        return self.trainer.accelerator.gather((values * mask).sum(-1)).mean().item()
+
+    @property
+    def metrics(self) -> dict[str, list[float]]:
+        """TRL's metrics of the mode that it is in, averaged and emptied at the next log."""
+        return self.trainer._metrics["train" if self.trainer.model.training else "eval"]
+
+
+def last_completions(trainer) -> tuple[list, list, dict[str, list[float]]]:
+    """`(prompts, completions, rewards by function name)` of the last generation batch, over all processes."""
+    logs = trainer._logs
+    rewards = {name: list(values) for name, values in logs["rewards"].items()}
+    return list(logs["prompt"]), list(logs["completion"]), rewards
+
+
+def forget_batches(trainer) -> None:
+    """Make `train` begin with a new generation batch, as a new trainer's would."""
+    trainer._step, trainer._buffered_inputs = 0, None
+
+
+def last_rewards(trainer) -> torch.Tensor:
+    """Weighted rewards of the last generation batch, over all processes, without the penalty: (B of all,).
+
+    NaN where no function applied.
+    """
+    rewards = torch.tensor(list(trainer._logs["rewards"].values()))  # (functions, B of all)
+    weighted = (rewards * trainer.reward_weights.cpu().unsqueeze(1)).nansum(0)
+    return weighted.masked_fill(rewards.isnan().all(0), torch.nan)
+
+
+def last_reward_std(trainer, completions: int | None = None) -> float:
+    """Spread of the last rewards that apply, of the last `completions` or of all that are kept; 0 where none does."""
+    rewards = last_rewards(trainer)[-completions if completions else None :]
+    rewards = rewards[~rewards.isnan()]
+    return rewards.std(correction=0).item() if len(rewards) else 0.0

@@ -1,0 +1,156 @@
+"""A trained model on the Hub: checked before training, pushed with what a stranger needs, loaded back."""
+
+import html
+import os
+import shlex
+from pathlib import Path
+
+from accelerate import PartialState
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from ..adapters import EMBEDDED, check_agreement, load_adapter, probe
+from ..evaluation import Judgement
+
+# Checkpoints have their own places on the Hub (hub_strategy), and nobody should have to unpickle options.
+LEFT_OUT = ["_*", "checkpoint-*", "training_args.bin"]
+
+
+def check_hub(training_args) -> None:
+    """Login, repository name and permission to write, before training; makes the repository.
+
+    A token among the options moves into the environment: the trainer pickles its options into every checkpoint.
+
+    Raises:
+        `ValueError`: for the first that fails, with what to do.
+    """
+    if training_args.hub_token:
+        os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
+    if not PartialState().is_main_process:
+        return
+    api = HfApi()
+    name = training_args.hub_model_id or Path(training_args.output_dir).absolute().name
+    remedy = ""
+    try:
+        remedy = "run `hf auth login`, or leave the option out"
+        what = "no valid login at the Hub"
+        api.whoami()
+        remedy = "take another --hub_model_id, such as user/name"
+        what = f"the Hub does not take the repository {name!r}"
+        repo = api.create_repo(name, private=training_args.hub_private_repo, exist_ok=True).repo_id
+        remedy = "log in with a token that may write there"
+        what = f"the token may not write to {repo}"
+        api.auth_check(repo, write=True)
+    except Exception as error:
+        raise ValueError(f"push_to_hub: {what} ({one_line(error)}); {remedy}") from None
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}".rstrip(": ")
+
+
+def write_card(folder: Path, trainer, penalty: str, rewards: list[str], before: Judgement, after: Judgement) -> None:
+    """`README.md`: what the model is, how it was trained, numbers and stories before and after, how to load it."""
+    repo_id, trained_with = trainer.hub_model_id, type(trainer).__name__
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    adapter = isinstance(model, PeftModel)
+    base = model.peft_config["default"].base_model_name_or_path if adapter else model.config.name_or_path
+    on_hub = bool(base) and base != EMBEDDED and not Path(base).is_dir()
+    data = ModelCardData(
+        base_model=base if on_hub else None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["trl", trained_with.removesuffix("Trainer").lower(), "kl_alliteration", *(["lora"] if adapter else [])],
+        model_name=repo_id.split("/")[-1],
+    )
+    if base == EMBEDDED:
+        base = "the story model inside kl_alliteration"
+    elif not on_hub:
+        base = Path(base).name
+    if not adapter:
+        loader = "transformers", "AutoModelForCausalLM.from_pretrained"
+    elif on_hub:
+        loader = "peft", "AutoPeftModelForCausalLM.from_pretrained"
+    else:
+        loader = "kl_alliteration.adapters", "load_adapter"
+    load = f'from {loader[0]} import {loader[1].split(".")[0]}\n\nmodel = {loader[1]}("{repo_id}")'
+    names = ("reward_mean", "kl_per_token", "kl_per_sequence", "different_share", "distinct_2", "entropy_per_token")
+    rows = [(n, getattr(before, n), getattr(after, n)) for n in names]
+    table = "\n".join(
+        f"| {name} | {' | '.join('-' if v is None else f'{v:.3f}' for v in values)} |" for name, *values in rows
+    )
+    stories = "\n".join(
+        f"### {heading}\n\n"
+        + "\n".join(f"> {html.escape(' '.join(text.split()), quote=False)}\n" for text in judgement.texts[:3])
+        for heading, judgement in (("Before", before), ("After", after))
+    )
+    content = f"""---
+{data.to_yaml()}
+---
+
+# {repo_id.split("/")[-1]}
+
+{"A LoRA adapter for" if adapter else "Fine-tuned from"} {base}, trained with TRL's `{trained_with}` and
+`kl_alliteration`.
+
+- Reward: {", ".join(f"`{name}`" for name in rewards)}
+- Penalty: {penalty}
+
+| {after.stories} fresh stories, KL in nats | before | after |
+|---|---|---|
+{table}
+
+![reward, KL and diversity over training](curves.png)
+
+## How to load it
+
+```python
+{load}
+```
+
+`python recipes/tell_stories.py --model_name_or_path {repo_id}` writes stories, adapter on and off side by side.
+`recipe.yaml` holds the run's options and its command, `metrics.jsonl` and `summary.json` the numbers, `stories.md`
+more stories.
+
+## Stories
+
+{stories}
+"""
+    ModelCard(content).save(Path(folder, "README.md"))
+
+
+def push(trainer, folder: Path) -> bool:
+    """Push a finished run's folder, load it back and compare; on failure the one command that does it later.
+
+    Returns:
+        `bool`: whether the model on the Hub is the one in memory.
+    """
+    args, repo = trainer.args, trainer.hub_model_id
+    try:
+        if trainer.push_in_progress is not None:
+            trainer.push_in_progress.wait_until_done()  # checkpoints, pushed beside the training
+    except Exception as error:
+        print(f"a checkpoint did not reach the Hub ({one_line(error)})")
+    try:
+        commit = HfApi().upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message="End of training",
+            ignore_patterns=LEFT_OUT,
+            revision=args.hub_revision,
+        )
+    except Exception as error:
+        later = ["hf", "upload", repo, str(folder), ".", *(word for p in LEFT_OUT for word in ("--exclude", p))]
+        print(f"error: not pushed to the Hub ({one_line(error)}). Nothing is lost: it is all in {folder}. Later:")
+        print(shlex.join(later))
+        return False
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    options = {"dtype": model.dtype, "trust_remote_code": args.trust_remote_code}
+    if isinstance(model, PeftModel):
+        back = load_adapter(repo, adapter_revision=commit.oid, **options)
+    else:
+        back = AutoModelForCausalLM.from_pretrained(repo, revision=commit.oid, **options)
+    difference = check_agreement(probe(back.eval()), probe(model), model.dtype, f"the model at {repo}")
+    print(f"Pushed to {commit.repo_url}, loaded back: log-probabilities agree ({difference:.1g} nats)")
+    return True

@@ -1,0 +1,240 @@
+"""A folder of runs as one page: figures, stories and a table, all from the runs' own files.
+
+    python -m kl_alliteration.lab.report runs/sweep
+
+Writes `report.html`, which needs no network and no other file, `report.md` and the figures as PNG. What is missing or
+broken is said on the page, and the rest is drawn.
+"""
+
+import argparse
+import base64
+import html
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from ..kl import to_study_beta
+from ..text import alliterating_words
+from .figures import plot_frontier, plot_groups, plot_runs, read_run
+from .runs import group_of, read_metrics, read_summary
+from .survival import one_line_errors
+
+COLUMNS = {
+    "reward_mean": "reward",
+    "different_share": "different",
+    "distinct_2": "distinct pairs",
+    "kl_per_token": "KL per token",
+    "kl_per_sequence": "KL per sequence",
+    "entropy_per_token": "entropy",
+}
+PANELS = {  # file: (log entry, label)
+    "reward.png": ("reward", "reward"),
+    "kl.png": ("kl", "KL to the reference (nats per token)"),
+    "entropy.png": ("entropy", "entropy (nats per token)"),
+    "different.png": ("guard/different_share", "share of different stories in a batch"),
+}
+NEEDED = tuple(COLUMNS)[:3]  # of a summary; the others are not there without a reference
+COLLAPSED = 0.2  # of the untrained model's distinct pairs of words
+LEARNT = 1.4  # times the untrained model's reward
+NOTE = (
+    "Means over seeds (smallest to largest) of fresh stories after training. KL in nats, k1; KL per token is the "
+    "study's penalty before the factor, its sign turned. Collapsed: under half of the stories differ, or pairs of "
+    f"words are less than {COLLAPSED} times as varied as before; learns: a reward above {LEARNT} times the one before."
+)
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}
+h1,h2,p{overflow-wrap:anywhere}
+table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
+td,th{border:1px solid #ccc;padding:.25rem .5rem;text-align:right;white-space:nowrap}
+td:first-child,th:first-child{text-align:left}
+img{width:100%;height:auto}blockquote{margin:.5rem 0;padding-left:1rem;border-left:3px solid #ccc}
+mark{background:#ffe08a}.missing{color:#a33}"""
+
+
+def read_runs(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """Run folders by group, seeds together, in order of their beta; and what is missing, in words."""
+    groups: dict[str, list[Path]] = {}
+    missing = []
+    for run in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if not read_metrics(run):
+            missing.append(f"{run.name}: no metrics.jsonl that can be read, left out")
+            continue
+        if finished(run) is None:
+            missing.append(f"{run.name}: not finished, drawn as far as it went")
+        groups.setdefault(group_of(run.name), []).append(run)
+    return dict(sorted(groups.items(), key=lambda item: beta_of(item[1][0]))), missing
+
+
+def beta_of(run: Path) -> float:
+    """The beta that a run started with."""
+    return next((entry["beta"] for entry in read_metrics(run) if "beta" in entry), 0.0)
+
+
+def finished(run: Path) -> dict | None:
+    """The run's summary; `None` where it has none that the report can use."""
+    summary = read_summary(run)
+    try:
+        whole = all(isinstance(summary[when][name], (int, float)) for when in ("before", "after") for name in NEEDED)
+    except (TypeError, KeyError):
+        return None
+    return summary if whole else None
+
+
+def summaries(runs: list[Path], when: str) -> list[dict]:
+    """What the finished ones of these runs wrote, `"before"` or `"after"` training."""
+    return [summary[when] for run in runs if (summary := finished(run))]
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and smallest to largest where they differ, to three digits."""
+    if not values:
+        return "-"
+    mean, low, high = (
+        f"{value:.{0 if value >= 99.5 else 1 if value >= 9.95 else 2}f}"
+        for value in (statistics.fmean(values), min(values), max(values))
+    )
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def numbers(judgements: list[dict]) -> list[str]:
+    return [spread([j[name] for j in judgements if j.get(name) is not None]) for name in COLUMNS]
+
+
+def verdict(before: dict, after: dict) -> str:
+    """What became of a run, in the words of the study."""
+    if after["different_share"] < 0.5 or after["distinct_2"] < COLLAPSED * before["distinct_2"]:
+        return "collapsed"
+    return "learns, varied" if after["reward_mean"] > LEARNT * before["reward_mean"] else "as before"
+
+
+def conclusions(groups: dict[str, list[Path]]) -> list[list[str]]:
+    """A row for the model before training, and one a group: mean of the finished seeds, their range, a verdict."""
+    untrained = [judgement for runs in groups.values() for judgement in summaries(runs, "before")]
+    rows = [["before", "-", "-", "-", *numbers(untrained[:1]), ""]] if untrained else []
+    for group, runs in groups.items():
+        done, beta = summaries(runs, "after"), beta_of(runs[0])
+        verdicts = [verdict(*pair) for pair in zip(summaries(runs, "before"), done, strict=True)]
+        words = ", ".join(
+            v if verdicts.count(v) == len(verdicts) else f"{v}: {verdicts.count(v)}" for v in dict.fromkeys(verdicts)
+        )
+        rows.append([group, f"{beta:.3g}", f"{to_study_beta(beta):.3g}", str(len(done)), *numbers(done), words])
+    return rows
+
+
+def order_of_rewards(groups: dict[str, list[Path]]) -> float | None:
+    """Spearman's rank correlation of the groups' betas and mean final rewards; `None` for fewer than three betas."""
+    means = {
+        beta_of(runs[0]): statistics.fmean(j["reward_mean"] for j in done)
+        for runs in groups.values()
+        if (done := summaries(runs, "after"))
+    }
+    if len(means) < 3:
+        return None
+    # Equal values share the mean of their ranks.
+    ranks = [
+        [sum(w < v for w in values) + sum(w == v for w in values) / 2 for v in values]
+        for values in (list(means), list(means.values()))
+    ]
+    return statistics.correlation(*ranks) if len(set(ranks[1])) > 1 else None
+
+
+def stories(groups: dict[str, list[Path]]) -> dict[str, list[str]]:
+    """Two fresh stories of the first finished run of every group."""
+    found = {}
+    for group, runs in groups.items():
+        told = next((summary["stories"] for run in runs if (summary := finished(run)) and "stories" in summary), [])
+        if told:
+            found[group] = told[:2]
+    return found
+
+
+def marked(text: str, mark: Callable[[str], str], plain: Callable[[str], str]) -> str:
+    return " ".join(mark(word) if alliterates else plain(word) for word, alliterates in alliterating_words(text))
+
+
+def write_report(folder: str | Path, frontier_path: str | Path | None = None) -> Path:
+    """Figures, `report.md` and `report.html` of a folder of runs, into that folder.
+
+    Args:
+        frontier_path (`str`, *optional*): `frontier.json` of `recipes/best_of_n.py`, drawn under reward over KL.
+
+    Raises:
+        `ValueError`: where the folder does not exist.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {str(folder)!r}")
+    groups, missing = read_runs(folder)
+    figures = []
+    for name, (entry, label) in PANELS.items():
+        if plot_groups(groups, entry, label, folder / name):
+            figures.append((name, label))
+        else:
+            missing.append(f"{label}: not in any log")
+    if groups:
+        plot_runs(groups, folder / "together.png")
+        figures.append(("together.png", "the KL beside the reward"))
+    drawable = []
+    for group, runs in groups.items():
+        try:
+            drawable.append(read_run(runs[0]) | {"name": group})
+        except ValueError:
+            missing.append(f"{group}: no KL per sequence in its logs")
+    try:
+        frontier = json.loads(Path(frontier_path).read_text())["frontier"] if frontier_path else []
+    except (OSError, ValueError, KeyError):
+        frontier = []
+        missing.append(f"best of n: {frontier_path} cannot be read")
+    if drawable:
+        plot_frontier(frontier, drawable, folder / "reward_over_kl.png")
+        figures.append(("reward_over_kl.png", "reward over KL per sequence"))
+    head = ["run", "beta per nat", "beta, the study's", "seeds", *COLUMNS.values(), "verdict"]
+    order = order_of_rewards(groups)
+    notes = [NOTE] + ([f"Rank correlation of beta and final reward: {order:.2f}."] if order is not None else [])
+    rows, told = conclusions(groups), stories(groups)
+
+    lines = [f"# {folder.name}", ""] + [f"- missing: {words}" for words in missing]
+    lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"] + [f"| {' | '.join(row)} |" for row in rows]
+    lines += ["", *notes]
+    lines += [f"\n![{label}]({name})" for name, label in figures]
+    for group, texts in told.items():
+        lines += [f"\n## {group}"] + [
+            f"\n> {marked(text, lambda w: f'**{html.escape(w, False)}**', lambda w: html.escape(w, False))}"
+            for text in texts
+        ]
+    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    page = [f"<h1>{html.escape(folder.name)}</h1>"]
+    page += [f'<p class="missing">Missing: {html.escape(words)}</p>' for words in missing]
+    page.append(f"<table><tr>{''.join(f'<th>{html.escape(c)}</th>' for c in head)}</tr>")
+    page += [f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows] + ["</table>"]
+    page += [f"<p>{html.escape(words)}</p>" for words in notes]
+    for name, label in figures:
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+        page.append(
+            f'<h2>{html.escape(label)}</h2><img alt="{html.escape(label)}" src="data:image/png;base64,{data}">'
+        )
+    for group, texts in told.items():
+        page.append(f"<h2>{html.escape(group)}</h2>")
+        for text in texts:
+            body = marked(text, lambda w: f"<mark>{html.escape(w)}</mark>", html.escape)
+            page.append(f"<blockquote>{body}</blockquote>")
+    title = html.escape(folder.name)
+    document = '<!doctype html><html lang="en"><meta charset="utf-8">'
+    document += f'<meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>'
+    path = folder / "report.html"
+    path.write_text(document + "\n".join(page) + "</html>\n", encoding="utf-8")
+    return path
+
+
+@one_line_errors
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="folder with a folder a run")
+    parser.add_argument("--frontier", help="frontier.json of recipes/best_of_n.py")
+    args = parser.parse_args()
+    print(write_report(args.folder, args.frontier))
+
+
+if __name__ == "__main__":
+    main()

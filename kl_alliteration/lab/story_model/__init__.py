@@ -1,0 +1,1 @@
+"""How the embedded story model is made: skeletons, lexicon, corpus, pretraining."""

@@ -1,0 +1,141 @@
+"""What ends a run early: a signal, a fault, a limit. One message says the step, the cause and where to go on."""
+
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from functools import wraps
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from .._trl import UnknownTRLError, seam_of
+from ..kl import Rollout
+from .runs import is_complete, last_checkpoint
+
+FULL = 16 * 2**20  # bytes free, less than a checkpoint of the smallest model
+
+
+class TrainingStopped(RuntimeError):
+    """A run that cannot go on; recipes print it as one line and exit with `status`."""
+
+    status = 3
+
+
+class Terminated(TrainingStopped):
+    """A run that was asked to end, and saved itself; the status is the system's for "try again later"."""
+
+    status = 75
+
+
+def one_line_errors(main):
+    """One line on standard error: for a user's mistake with exit status 2, for a run that was stopped with its own.
+
+    Anything else keeps its traceback.
+    """
+
+    @wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except (ValueError, OSError, ImportError, UnknownTRLError, TrainingStopped) as error:
+            if os.environ.get("KL_ALLITERATION_TRACEBACK"):
+                raise
+            message = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+            print(f"error: {message}", file=sys.stderr)
+            sys.exit(getattr(error, "status", 2))
+
+    return wrapped
+
+
+class TerminationCallback(TrainerCallback):
+    """SIGTERM, as clusters send it before they kill: end the step, save a checkpoint, stop; all processes together.
+
+    `terminated` says afterwards that it was so. Outside training the signal does what it did before.
+
+    Args:
+        trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
+    """
+
+    def __init__(self, trainer):
+        self.accelerator, self.terminated, self.before = trainer.accelerator, False, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.terminated = False
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGTERM, lambda *_: self.accelerator.set_trigger())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.accelerator.check_trigger():
+            self.terminated = control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signal back; a run that raises ends without `on_train_end`."""
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+            self.before = None
+
+
+def stop_beyond(trainer, kl_per_sequence: float) -> None:
+    """Stop a trainer at the first generation batch whose mean log-ratio, in nats per sequence, passes a limit."""
+    seam = seam_of(trainer)
+
+    def observe(rollout: Rollout) -> None:
+        found = seam.mean_per_sequence(rollout.ref_log_ratio, rollout.completion_mask)
+        if found > kl_per_sequence:
+            raise TrainingStopped(f"the KL is {found:.1f} nats per sequence, beyond kl_limit {kl_per_sequence:g}")
+
+    seam.observers.append(observe)
+
+
+def train_or_say_why(trainer, train) -> None:
+    """`train()`, and for whatever ends it early one message with the step, the cause and the last good checkpoint.
+
+    A checkpoint that was being written is removed; the whole traceback goes to `error.txt` in the output directory.
+
+    Raises:
+        `TrainingStopped`: in place of any exception, Ctrl-C included. `Terminated`: after a SIGTERM, its checkpoint
+            saved.
+    """
+    callback = TerminationCallback(trainer)
+    trainer.add_callback(callback)
+    folder = Path(trainer.args.output_dir)
+    try:
+        train()
+    except (Exception, KeyboardInterrupt) as error:
+        cause = str(error) if isinstance(error, TrainingStopped) else f"{type(error).__name__}: {error}"
+        cause = "interrupted" if isinstance(error, KeyboardInterrupt) else cause
+        if folder.is_dir() and shutil.disk_usage(folder).free < FULL:  # libraries word it in their own ways
+            cause = f"the disk of {folder} is full ({cause})"
+        good = last_checkpoint(folder)
+        if trainer.is_world_process_zero():
+            for checkpoint in folder.glob("checkpoint-*"):
+                if not is_complete(checkpoint):
+                    shutil.rmtree(checkpoint, ignore_errors=True)
+            try:
+                Path(folder, "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            except OSError:
+                pass  # a full disk
+        stopped = TrainingStopped(f"stopped at step {trainer.state.global_step}: {cause}; {go_on_from(good)}")
+        if isinstance(error, KeyboardInterrupt):
+            stopped.status = 130  # a shell's for Ctrl-C
+        raise stopped from error
+    finally:
+        callback.restore()
+        trainer.remove_callback(callback)
+    Path(folder, "error.txt").unlink(missing_ok=True)  # of the run that this one went on from
+    if callback.terminated:
+        good = last_checkpoint(folder)
+        raise Terminated(f"SIGTERM at step {trainer.state.global_step}; {go_on_from(good)}")
+
+
+def go_on_from(checkpoint: str | None) -> str:
+    if checkpoint is None:
+        return "there is no checkpoint (--save_strategy steps --save_steps 20 makes some)"
+    return f"the last good checkpoint is {checkpoint}: go on with --resume_from_checkpoint latest"

@@ -1,0 +1,65 @@
+"""What is watched: the KL as several estimators see it."""
+
+import torch
+from transformers import TrainerCallback
+
+from . import kl
+from ._trl import last_reward_std, seam_of
+
+
+class KLMonitorCallback(TrainerCallback):
+    """Logs the KL as several estimators see it, in both units, over all processes, under `kl/`.
+
+    `kl/{k1,k2,k3}_per_token` and `_per_sequence`, with `exact` also `kl/exact_...`; `kl/max_per_sequence`, the
+    furthest completion of the batch; `kl/beta`; `kl/share_of_spread`, the standard deviation of the penalty in the
+    reward over that of penalty and reward added up; with a budget `kl/budget_use`, KL over budget, and
+    `kl/over_budget_share`; where completions are used for several updates (`num_iterations` > 1)
+    `kl/rollout_per_sequence`, the mean log-ratio of the policy that sampled them and the policy as it is: what
+    clipping bounds, and no bound on the KL to the reference.
+
+    Args:
+        trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
+        exact (`bool`, *optional*, defaults to `False`): Log the full-vocabulary KL too.
+        load_reference (`bool`, *optional*, defaults to `False`):
+            At `beta` 0 a trainer without LoRA has no reference: load it, a second model, only to watch the KL.
+    """
+
+    def __init__(self, trainer, exact: bool = False, load_reference: bool = False):
+        self.trainer, self.seam = trainer, seam_of(trainer)
+        if self.seam.scorer.has_free_reference or load_reference:
+            self.seam.scorer.need_reference_at_beta_zero()
+        self.names = ("k1", "k2", "k3", "exact") if exact else ("k1", "k2", "k3")
+        if exact:
+            self.seam.scorer.need_hidden_states()
+        kl.warn_of_sampling(trainer.args, "exact" if exact else "k1")
+        self.seam.observers.append(self.observe)
+        self.seam.watch_rollout_policy = trainer.num_iterations > 1
+
+    def observe(self, rollout: kl.Rollout) -> None:
+        accelerator, metrics, mask = self.trainer.accelerator, self.seam.metrics, rollout.completion_mask
+        per_sequence = {  # (B,) each
+            name: kl.reduce_per_sequence(rollout.per_token_kl(name), mask, "sum") for name in self.names
+        }
+        lengths = mask.sum(-1)
+        budget = getattr(self.seam.penalty, "budget_per_token", None)
+        best = per_sequence[self.names[-1] if "exact" in self.names else "k1"]
+        sums = [lengths.sum(), torch.ones_like(lengths).sum(), *(values.sum() for values in per_sequence.values())]
+        if budget is not None:
+            if budget > 0:
+                sums.append((best / (budget * lengths.clamp(min=1))).sum())
+            sums.append((best > budget * lengths).sum())
+        tokens, sequences, *totals = accelerator.reduce(torch.stack([s.double() for s in sums]), "sum").tolist()
+        for name, total in zip(self.names, totals, strict=False):
+            metrics[f"kl/{name}_per_token"].append(total / max(tokens, 1))
+            metrics[f"kl/{name}_per_sequence"].append(total / sequences)
+        if budget is not None:
+            if budget > 0:  # a share of nothing is no number
+                metrics["kl/budget_use"].append(totals[-2] / sequences)
+            metrics["kl/over_budget_share"].append(totals[-1] / sequences)
+        metrics["kl/max_per_sequence"].append(accelerator.gather(best).max().item())
+        metrics["kl/beta"].append(self.seam.beta)
+        if self.seam.beta != 0 and self.seam.last_penalty is not None:
+            penalty_std = self.seam.beta * accelerator.gather(self.seam.last_penalty).std(correction=0).item()
+            reward_std = last_reward_std(self.trainer, int(sequences))
+            spread = penalty_std + reward_std
+            metrics["kl/share_of_spread"].append(penalty_std / spread if spread else 0.0)

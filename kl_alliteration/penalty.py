@@ -1,0 +1,224 @@
+"""The KL penalty as one value: which estimate, where it goes, in which unit, and the gradient that this gives."""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from transformers import TrainerCallback
+
+from . import kl
+from ._trl import seam_of
+
+PLACEMENTS = ("reward", "loss", "both")
+DIRECTIONS = ("reverse", "forward")
+
+
+@dataclass(frozen=True)
+class GradientContract:
+    """The expected gradient of `E[penalty]` that a choice really gives, and, where it is null or wrong, the remedy."""
+
+    gradient: str
+    use_instead: str | None = None
+
+
+PARTIAL = "sum over t of E[grad KL_t]: partial, no credit for the states that a token leads to"
+REVERSE = "the gradient of the reverse KL, KL(policy || reference)"
+CONTRACT = {
+    ("k1", "reward"): GradientContract(REVERSE),
+    ("k1", "loss"): GradientContract("zero: only noise", "k2 in the loss, or k1 in the reward"),
+    ("k1", "both"): GradientContract(f"{REVERSE}; the loss adds noise and nothing else", "k1 in the reward"),
+    ("k2", "reward"): GradientContract(
+        "that of E[k2] less the partial reverse-KL gradient: no gradient of a KL",
+        "k2 in the loss, or k1 in the reward",
+    ),
+    ("k2", "loss"): GradientContract(f"of the reverse KL, {PARTIAL}"),
+    ("k2", "both"): GradientContract(
+        "that of the mean squared log-ratio, E[k2]: no gradient of a KL", "k2 in the loss, or k1 in the reward"
+    ),
+    ("k3", "reward"): GradientContract(
+        "the reverse-KL gradient less the partial forward-KL gradient: vanishes near the reference, and pushes tokens "
+        "that the policy already under-weights further away",
+        "k1 in the reward, k3 in both, or k3 in the loss",
+    ),
+    ("k3", "loss"): GradientContract(f"of the forward KL, KL(reference || policy), {PARTIAL}"),
+    ("k3", "both"): GradientContract(REVERSE),
+    ("abs", "reward"): GradientContract(
+        "that of E|log-ratio| less twice the total variation's partial gradient: no gradient of a KL",
+        "k1 in the reward",
+    ),
+    ("abs", "loss"): GradientContract(
+        "twice the total variation distance's, per token: partial, and of one size however far the policy is"
+    ),
+    ("abs", "both"): GradientContract("that of E|log-ratio|: no gradient of a KL", "k1 in the reward"),
+    ("exact", "reward"): GradientContract(
+        "the future-state term only: no own-token term, so the last token is not held at all",
+        "exact in both, or k1 in the reward",
+    ),
+    ("exact", "loss"): GradientContract(f"of the reverse KL, {PARTIAL}; no sampling noise in the value"),
+    ("exact", "both"): GradientContract(f"{REVERSE}, at far lower variance than k1"),
+    ("top_k", "reward"): GradientContract(
+        "the future-state term, and of the own-token term only what lies outside of the k likeliest tokens",
+        "top_k in both, or k1 in the reward",
+    ),
+    ("top_k", "loss"): GradientContract(
+        f"of the reverse KL, {PARTIAL}, and without the tokens outside of the k likeliest"
+    ),
+    ("top_k", "both"): GradientContract(f"{REVERSE}, at lower variance than k1"),
+}
+FORWARD = {
+    "reward": GradientContract(
+        "the future-state term of the forward KL only: no own-token term", "exact in both, direction forward"
+    ),
+    "loss": GradientContract(f"of the forward KL, KL(reference || policy), {PARTIAL}; no sampling noise in the value"),
+    "both": GradientContract("that of the forward KL, KL(reference || policy), per token on the policy's own texts"),
+}
+
+
+@dataclass(frozen=True)
+class KLPenalty:
+    """What `beta` multiplies: a choice that checks itself and is called on a [`~kl.Rollout`].
+
+    Args:
+        estimator (`str`, *optional*, defaults to `"k1"`):
+            `"k1"`, `"k2"`, `"k3"`, `"abs"` of the sampled tokens; `"exact"`, `"top_k"` of the whole vocabulary.
+        placement (`str`, *optional*, defaults to `"reward"`):
+            `"reward"`: subtracted from the reward, as in TRL. `"loss"`: added to the loss, differentiable. `"both"`.
+        reduction (`str`, *optional*, defaults to `"sum"`):
+            `"sum"`: beta is a price per nat of the sequence, as in TRL. `"mean"`: per nat of a token, which with
+            `"k1"` is the study's difference of mean cross-entropies.
+        direction (`str`, *optional*, defaults to `"reverse"`):
+            `"reverse"`, KL(policy || reference), or, of `"exact"` only, `"forward"`, KL(reference || policy).
+        budget_per_token (`float`, *optional*):
+            Nats per token that a completion may spend for nothing: the penalty is that of the KL beyond this many
+            times its length, and 0 within. `None` is no budget; 0 forgives what is below the reference alone.
+        top_k (`int`, *optional*, defaults to `64`): Tokens that `"top_k"` takes in full.
+
+    Raises:
+        `ValueError`: for what is no penalty.
+    """
+
+    estimator: str = "k1"
+    placement: str = "reward"
+    reduction: str = "sum"
+    direction: str = "reverse"
+    budget_per_token: float | None = None
+    top_k: int = 64
+
+    def __post_init__(self):
+        kl.check_choice("estimator", self.estimator, kl.estimators())
+        kl.check_choice("placement", self.placement, PLACEMENTS)
+        kl.check_choice("reduction", self.reduction, kl.REDUCTIONS)
+        kl.check_choice("direction", self.direction, DIRECTIONS)
+        if self.direction == "forward" and self.estimator != "exact":
+            raise ValueError(
+                f"direction 'forward' needs the estimator 'exact', got {self.estimator!r}: samples of the policy "
+                "cannot say what the reference alone would write"
+            )
+        if self.top_k < 1:
+            raise ValueError(f"top_k must be >= 1, got {self.top_k}")
+        if self.budget_per_token is None:
+            return
+        if not 0 <= self.budget_per_token < float("inf"):
+            raise ValueError(f"budget_per_token must be >= 0 and finite, got {self.budget_per_token}")
+        if self.in_loss and not self.full_vocabulary:
+            raise ValueError(
+                f"budget_per_token in the loss needs the estimator {' or '.join(kl.FULL_VOCABULARY)}, "
+                f"got {self.estimator!r}; none takes the budget away"
+            )
+
+    @property
+    def in_reward(self) -> bool:
+        return self.placement != "loss"
+
+    @property
+    def in_loss(self) -> bool:
+        return self.placement != "reward"
+
+    @property
+    def full_vocabulary(self) -> bool:
+        """Whether it needs both models' hidden states."""
+        return self.estimator in kl.FULL_VOCABULARY
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether TRL computes it by itself: leaving it to TRL keeps every number the same bit for bit."""
+        choice = self.estimator, self.placement, self.reduction, self.budget_per_token
+        return choice == ("k1", "reward", "sum", None)
+
+    def __call__(self, rollout: kl.Rollout) -> torch.Tensor:
+        """What beta multiplies, one number a completion: (B,)."""
+        per_token_kl = rollout.per_token_kl(self.estimator, self.direction, self.top_k)  # (B, T)
+        penalty = kl.reduce_per_sequence(per_token_kl, rollout.completion_mask, self.reduction)  # (B,)
+        if self.budget_per_token is None:
+            return penalty
+        return kl.over_budget(penalty, rollout.completion_mask, self.reduction, self.budget_per_token)
+
+    def in_words(self, beta: float | None = None) -> str:
+        """For titles, cards and logs: `exact in the reward and loss, beta 1 per nat of the sequence beyond ...`."""
+        words = f"{self.estimator} in the {'reward and loss' if self.placement == 'both' else self.placement}"
+        words = f"forward {words}" if self.direction == "forward" else words
+        words += ", " + ("" if beta is None else f"beta {beta:g} ")
+        words += f"per nat of the {'sequence' if self.reduction == 'sum' else 'token'}"
+        if self.budget_per_token is not None:
+            words += f" beyond a budget of {self.budget_per_token:g} nats per token"
+        return words
+
+    @property
+    def contract(self) -> GradientContract:
+        """Which gradient it gives on average over completions that the policy itself sampled.
+
+        Every row is proven by enumeration in `tests/test_contract.py`. An estimator of your own has no row.
+        """
+        rows = FORWARD if self.direction == "forward" else CONTRACT
+        row = rows.get(self.placement if self.direction == "forward" else (self.estimator, self.placement))
+        if row is None:
+            return GradientContract(f"unknown: {self.estimator!r} has no row in the contract")
+        words = row.gradient
+        if self.reduction == "mean":
+            words += "; divided by the completion's length, so that long completions count less per token"
+        if self.budget_per_token is not None:
+            words += "; none within the budget, that of the completions beyond it only outside"
+        return GradientContract(words, row.use_instead)
+
+    @property
+    def complaint(self) -> str | None:
+        """Of a null or wrong gradient, with what to use instead."""
+        if self.contract.use_instead is None:
+            return None
+        return (
+            f"the KL penalty {self.estimator!r} in the {self.placement} gives a gradient that is "
+            f"{self.contract.gradient}. Use {self.contract.use_instead}."
+        )
+
+
+class KLPenaltyCallback(TrainerCallback):
+    """Use a [`KLPenalty`] in a stock [`~trl.RLOOTrainer`], at the price `trainer.beta`.
+
+    It takes effect when it is made. TRL's metric `kl` keeps its meaning, the mean log-ratio in nats per token,
+    whatever the penalty is. At `trainer.beta == 0` there is no penalty to choose. A null or wrong gradient warns with
+    what to use instead.
+
+    Args:
+        trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
+        penalty ([`KLPenalty`], *optional*): The choice; by default TRL's own.
+        strict (`bool`, *optional*, defaults to `False`): Raise where it would warn of a gradient.
+
+    Raises:
+        `ValueError`: for a [`~trl.GRPOTrainer`], or a model whose head the estimate cannot read.
+
+    Example:
+
+    ```python
+    trainer = RLOOTrainer(...)
+    trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("exact", "both")))
+    ```
+    """
+
+    def __init__(self, trainer, penalty: KLPenalty | None = None, strict: bool = False):
+        self.trainer, self.penalty = trainer, penalty or KLPenalty()
+        if complaint := self.penalty.complaint:
+            if strict:
+                raise ValueError(complaint)
+            warnings.warn(complaint, stacklevel=2)
+        kl.warn_of_sampling(trainer.args, self.penalty.estimator)
+        seam_of(trainer).use_penalty(self.penalty)
