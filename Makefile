@@ -6,11 +6,11 @@ CONFIG ?= $(if $(shell command -v nvidia-smi 2>/dev/null),single_gpu,cpu)
 ARGS ?=
 PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: tall-tree collapse test test-oldest test-newest long lint story-model
+.PHONY: tall-tree collapse test gpu test-oldest test-newest long lint story-model
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,tensorboard]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,test,tensorboard]'
 	touch $@
 
 tall-tree: $(BIN)/.installed  ## the main job: a story model learns to alliterate
@@ -25,14 +25,17 @@ test: $(BIN)/.installed
 long: $(BIN)/.installed  ## the checks that take minutes: killed and resumed, fuzzing
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s -m long $(ARGS)
 
+gpu: $(BIN)/.installed  ## what needs a card: under five minutes, figures into tests/gpu/figures.json
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/gpu -q -s $(ARGS)
+
 test-oldest:  ## the tests on the oldest versions that are admitted
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test,tensorboard]'
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[lab,test,tensorboard]'
 	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -q $(PARALLEL) $(ARGS)
 
 test-newest:  ## the tests on the newest releases of the index
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[test,tensorboard]'
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[lab,test,tensorboard]'
 	HF_HUB_OFFLINE=1 .venv-newest/bin/python -m pytest -q $(PARALLEL) $(ARGS)
 
 lint: $(BIN)/.installed

@@ -1,4 +1,4 @@
-"""The KL penalty as an instrument, for TRL's stock trainers. `kl_alliteration.lab` makes whole runs of it."""
+"""Choose, bound and monitor the KL penalty of TRL's stock trainers. `kl_alliteration.lab` makes whole runs of it."""
 
 from .adapters import default_lora_config, load_adapter
 from .control import KLControlCallback
@@ -10,7 +10,7 @@ from .references import MovingAverageReferenceCallback, ReferenceCallback, Reset
 from .rewards import alliteration_reward
 from .sampling import use_fast_sampling
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CollapseGuardCallback",
     "CollapseLimits",

@@ -25,25 +25,24 @@ def is_adapter(name: str) -> bool:
 def default_lora_config(**options) -> LoraConfig:
     """LoRA on every linear layer but the head, as PEFT finds them: Llama, Qwen, GPT-2, GPT-Neo and the embedded model.
 
-    Rank 16, alpha 32 as in TRL, without dropout, which would act in sampling and in every score of it.
+    Rank 16, alpha 32 as in TRL, without dropout, which would also act in sampling and scoring.
 
     Args:
         options: PEFT's own for [`~peft.LoraConfig`], such as `use_dora=True` or `use_rslora=True`.
     """
     defaults = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     config = LoraConfig(**defaults | options)
-    check_targets(config.target_modules, config.modules_to_save)
+    check_targets(config.target_modules)
     return config
 
 
-def check_targets(target_modules, modules_to_save=None) -> None:
-    """`ValueError` where the LM head is to be adapted or trained."""
-    targets = [target_modules] if isinstance(target_modules, str) else target_modules or []
-    for name in [*targets, *(modules_to_save or [])]:
+def check_targets(target_modules) -> None:
+    """`ValueError` where the LM head is to be adapted. Trained whole, in `modules_to_save`, it is seen."""
+    for name in [target_modules] if isinstance(target_modules, str) else target_modules or []:
         if name.split(".")[-1] in ("lm_head", "embed_out"):
             raise ValueError(
                 f"the adapter must not hold {name}: TRL reads the head's weight past the adapter, so it would train "
-                "nothing, and where it is tied to the embeddings a merge would change those; leave it out"
+                "nothing; leave it out, or put it into modules_to_save, which trains all of it"
             )
 
 
@@ -86,7 +85,7 @@ def load_adapter(
         `ValueError`: where the adapter was trained on another base, or on another commit of it.
     """
     config = PeftConfig.from_pretrained(name, revision=adapter_revision)
-    check_targets(config.target_modules, config.modules_to_save)
+    check_targets(config.target_modules)
     known = base_of(config)
     if base and known and base != known and not Path(base).is_dir() and not Path(known).is_dir():
         raise ValueError(f"the adapter {name} was trained on {known}, not on {base}")
@@ -131,7 +130,7 @@ def check_agreement(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dt
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
-    """`merge_and_unload`, once its log-probabilities are seen to be the adapter's.
+    """`merge_and_unload`, with a check that the log-probabilities stay those of the adapter.
 
     Raises:
         `ValueError`: where they differ by more than 0.001 nats in float32, 0.1 in half precision: weights that are
@@ -149,7 +148,7 @@ def save_stacked(below: str, above: str, folder: str) -> None:
     Exact: the ranks are put side by side, so the sum of both updates loads on the base alone.
 
     Args:
-        below, above (`str`): Adapters, folder or Hub id. Plain LoRA; DoRA's norms do not add.
+        below, above (`str`): Adapters, folder or Hub id. Plain LoRA only: the sum of two DoRA adapters is none.
         folder (`str`): Where it goes.
     """
     model = load_adapter(below)
@@ -158,6 +157,7 @@ def save_stacked(below: str, above: str, folder: str) -> None:
         if config.use_dora:
             raise ValueError("a stack of adapters cannot be one adapter with DoRA: merge the lower one and save it")
     model.add_weighted_adapter([ADAPTER, "above"], [1.0, 1.0], "stacked", combination_type="cat")
+    model.set_adapter("stacked")
     model.delete_adapter(ADAPTER)
     model.add_weighted_adapter(["stacked"], [1.0], ADAPTER, combination_type="cat")
     name_base(model)

@@ -1,4 +1,4 @@
-"""Rules that move beta: plain floats in, a price per nat of the sequence out. [`KLControlCallback`] applies them.
+"""Rules that change beta during training, on plain floats. [`KLControlCallback`] applies them to a trainer.
 
 Every rule is a dataclass whose fields are its whole state, with `.value`, the beta to use now, and
 `.update(kl_per_token, generations)`, called once per generation batch with its mean KL and its number of completions.
@@ -6,7 +6,9 @@ KL is in nats per token, as TRL's metric `kl` is; beta is reward per nat of the 
 """
 
 import math
+import warnings
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from transformers import TrainerCallback
 
@@ -24,6 +26,7 @@ def _positive(**values: float) -> None:
 class FixedBeta:
     """A beta that stays."""
 
+    STATE: ClassVar = ("value",)
     value: float
 
     def update(self, kl_per_token: float, generations: int) -> float:
@@ -38,6 +41,7 @@ class StepRule:
     section 4).
     """
 
+    STATE: ClassVar = ("value",)
     value: float
     target_kl_per_token: float
     up: float = 1.1
@@ -70,6 +74,7 @@ class ProportionalRule:
     `horizon` is in generations. Its usual 10,000 moves beta by 4 % in 200 updates of 10 completions.
     """
 
+    STATE: ClassVar = ("value",)
     value: float
     target_kl_per_token: float
     horizon: float = 10_000.0
@@ -91,10 +96,11 @@ class LogPIRule:
     """Proportional and integral control of log beta on the relative error of a smoothed KL, within bounds.
 
     `log beta = log beta_0 + proportional * e + integral * sum of e`, `e = kl / target - 1` clipped to `-below` and 1.
-    Two guards against windup: far below the target the error counts as `-below` alone, for there the policy needs time
-    and not a smaller beta, and the sum stands still while beta is at a bound that the error pushes it beyond.
+    Two guards against integral windup: an error below the target counts as `-below` at most, since there the policy
+    needs time, not a smaller beta; and the sum stays as it is while beta is at a bound and the error pushes beyond it.
     """
 
+    STATE: ClassVar = ("value", "start", "smoothed_kl_per_token", "error_sum")
     value: float
     target_kl_per_token: float
     proportional: float = 2.0
@@ -128,11 +134,12 @@ class LogPIRule:
 
 @dataclass
 class Schedule:
-    """From `value` to `end` over `total_generations`, after `warmup_generations` from zero's neighbourhood up to it.
+    """From `value` to `end` over `total_generations`, after a warm-up to `value` over `warmup_generations`.
 
-    `shape`: `"linear"` or `"cosine"`. Warm-up starts at a hundredth of `value`: zero itself would absorb.
+    `shape`: `"linear"` or `"cosine"`. Warm-up starts at a hundredth of `value`: at 0 TRL does not score the reference.
     """
 
+    STATE: ClassVar = ("value", "start", "seen")
     value: float
     end: float
     total_generations: int
@@ -167,7 +174,7 @@ class Schedule:
 
 
 class KLControlCallback(TrainerCallback):
-    """Let a rule move `trainer.beta` after every optimizer step that used new completions.
+    """Change `trainer.beta` by a rule, after every optimizer step that used new completions.
 
     The rule's state goes into `trainer_state.json` of every checkpoint and comes back from it. On several processes
     every rank sees the same pooled KL and so has the same beta.
@@ -175,7 +182,7 @@ class KLControlCallback(TrainerCallback):
     Args:
         trainer ([`~trl.RLOOTrainer`]): The trainer, stock, its `beta` not 0.
         controller: A rule, such as `StepRule(0.25, target_kl_per_token=0.15)`.
-        kl_estimator (`str`, *optional*, defaults to `"k1"`): The estimate that the rule is fed.
+        kl_estimator (`str`, *optional*, defaults to `"k1"`): The estimator whose value the rule gets.
     """
 
     STATE = "kl_alliteration.KLControl"  # its place among the trainer's stateful callbacks
@@ -189,6 +196,7 @@ class KLControlCallback(TrainerCallback):
             )
         self.trainer, self.controller, self.kl_estimator = trainer, controller, kl_estimator
         self.seam = seam_of(trainer)
+        self.seam.check_reference()
         if kl_estimator in kl.FULL_VOCABULARY:
             self.seam.scorer.need_hidden_states()
         self.seam.observers.append(self.observe)
@@ -203,11 +211,33 @@ class KLControlCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.get(self.STATE)
         if saved and state.global_step:
-            vars(self.controller).update(saved["attributes"])
+            self.restore(saved["attributes"], saved["args"].get("rule", type(self.controller).__name__))
         self.seam.beta = self.controller.value
+
+    def restore(self, attributes: dict, rule: str) -> None:
+        """Go on with what a rule has come to; what it is asked to do stays what it is asked now."""
+        if rule != type(self.controller).__name__:
+            warnings.warn(
+                f"the checkpoint was written under {rule}: {type(self.controller).__name__} goes on from its beta, "
+                f"{attributes['value']:g}, with nothing else of it",
+                kl.KLWarning,
+                stacklevel=2,
+            )
+            self.controller.value = attributes["value"]
+            return
+        own = getattr(self.controller, "STATE", tuple(attributes))
+        asked = {name: value for name, value in vars(self.controller).items() if name not in own}
+        other = [f"{name} {value} in place of {attributes[name]}" for name, value in asked.items()
+                 if name in attributes and attributes[name] != value]  # fmt: skip
+        if other:
+            warnings.warn(
+                f"{rule} goes on from its state in the checkpoint, with {', '.join(other)}", kl.KLWarning, stacklevel=2
+            )
+        vars(self.controller).update({name: attributes[name] for name in own if name in attributes})
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.seen is not None:
             self.seam.beta = self.controller.update(*self.seen)
             self.seen = None
-        state.stateful_callbacks[self.STATE] = {"args": {}, "attributes": vars(self.controller).copy()}
+        rule = type(self.controller).__name__
+        state.stateful_callbacks[self.STATE] = {"args": {"rule": rule}, "attributes": vars(self.controller).copy()}

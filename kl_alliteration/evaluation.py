@@ -3,13 +3,16 @@
 Sampling is by temperature alone and the judge is separate from the trainer, so the numbers of two runs compare.
 """
 
+import inspect
 import math
 import statistics
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedModel, TrainerState
 
 from .text import different_share, distinct_n
 
@@ -25,7 +28,7 @@ class Judgement:
     """
 
     stories: int
-    reward_mean: float
+    reward_mean: float  # over those to which a reward applies
     reward_std: float
     different_share: float
     distinct_2: float  # different pairs of neighbouring words over all pairs, in the whole set
@@ -47,16 +50,95 @@ class Judgement:
 
 
 def plain_sampling(model, tokenizer, max_new_tokens: int, temperature: float = 1.0) -> GenerationConfig:
-    """By temperature alone, whatever the model's own configuration says: what log-probabilities are those of."""
+    """By temperature alone, whatever the model's own configuration says: what log-probabilities are those of.
+
+    A text ends where it does in TRL's training: at the model's end-of-text tokens and at the tokenizer's.
+    """
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if tokenizer.eos_token_id not in (None, *ends):
+        ends = [tokenizer.eos_token_id, *ends]
     return GenerationConfig(
         do_sample=True,
         temperature=temperature,
         top_k=0,
         top_p=1.0,
         max_new_tokens=max_new_tokens,
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
+
+
+class Sampled(NamedTuple):
+    """Completions of B rows, as a trainer of TRL's has them."""
+
+    ids: torch.Tensor  # (B, P + T)
+    attention_mask: torch.Tensor  # (B, P + T); 1 = a token of prompt or completion
+    mask: torch.Tensor  # (B, T), the completion's part of it; the end-of-text token itself counts
+    ended: torch.Tensor  # (B,), whether there is one
+    prompts: list[str]
+    texts: list[str]
+    completions: list  # the texts, or of a conversation the assistant's message
+    completion_ids: list[list[int]]
+
+
+def tokenize_prompts(tokenizer, rows: list[dict], **template) -> list[list[int]]:
+    """As TRL's RLOO and GRPO do: a conversation by the chat template alone, which writes its special tokens itself."""
+    prompts = [row["prompt"] for row in rows]
+    if isinstance(prompts[0], str):
+        return tokenizer(text=prompts)["input_ids"]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True} | template
+    return tokenizer.apply_chat_template(prompts, **options)["input_ids"]
+
+
+def sample_rows(model, tokenizer, rows: list[dict], config: GenerationConfig, tokenize=None) -> Sampled:
+    """One completion of each of B rows of a data set, whose `prompt` is plain or conversational.
+
+    Args:
+        tokenize (callable, *optional*): `(rows) -> list[list[int]]`, in place of [`tokenize_prompts`].
+    """
+    prompts = tokenize(rows) if tokenize is not None else tokenize_prompts(tokenizer, rows)
+    tensors = [torch.tensor(ids, dtype=torch.long, device=model.device) for ids in prompts]
+    padded = pad_sequence(tensors, True, config.pad_token_id or 0, padding_side="left")  # (B, P)
+    prompt_mask = pad_sequence([torch.ones_like(ids) for ids in tensors], True, 0, padding_side="left")
+    ids = model.generate(input_ids=padded, attention_mask=prompt_mask, generation_config=config)
+    completion = ids[:, padded.shape[1] :]  # (B, T)
+    ends = torch.as_tensor(config.eos_token_id if config.eos_token_id is not None else [], device=ids.device)
+    stops = torch.isin(completion, ends).int()
+    mask = (stops.cumsum(-1) - stops) == 0
+    completion_ids = [row[kept].tolist() for row, kept in zip(completion, mask, strict=True)]
+    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    conversational = not isinstance(rows[0]["prompt"], str)
+    return Sampled(
+        ids,
+        torch.cat([prompt_mask, mask.long()], dim=1),
+        mask,
+        stops.any(-1),
+        tokenizer.batch_decode(prompts) if conversational else [row["prompt"] for row in rows],
+        texts,
+        [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts,
+        completion_ids,
+    )
+
+
+def ask_reward(reward, rows: list[dict], completions: list, completion_ids: list[list[int]]) -> list[float]:
+    """A reward function's answers, handed what TRL's trainers hand over; NaN for `None`, which is "does not apply".
+
+    That is prompts, completions, their tokens, every column of the rows, `trainer_state`, `log_extra` and
+    `log_metric`. A function that takes less gets what it takes.
+    """
+    names = [name for name in rows[0] if name not in ("prompt", "completion", "completion_ids")]
+    columns = {name: [row[name] for row in rows] for name in names} | {"completion_ids": completion_ids}
+    columns |= {"trainer_state": TrainerState(), "log_extra": _no_log, "log_metric": _no_log}
+    parameters = inspect.signature(reward).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        columns = {each.name: columns[each.name] for each in parameters if each.name in columns}
+    asked = {"prompts": [row["prompt"] for row in rows], "completions": completions} | columns
+    return [math.nan if value is None else float(value) for value in reward(**asked)]
+
+
+def _no_log(*values) -> None:
+    """In place of the trainer's log, which a judge is not part of."""
 
 
 def _log_probs(model, ids, attention_mask, completion_length: int, temperature: float) -> torch.Tensor:
@@ -88,7 +170,7 @@ def _score(model, reference, adapter_off: bool, ids, attention_mask, completion_
 def judge(
     model: PreTrainedModel,
     tokenizer,
-    prompts: list[str],
+    prompts: list,
     reward,
     max_new_tokens: int = 100,
     temperature: float = 1.0,
@@ -96,49 +178,61 @@ def judge(
     adapter_off_is_reference: bool = False,
     batch_size: int = 50,
     seed: int = 0,
+    columns: dict[str, list] | None = None,
+    tokenize=None,
 ) -> Judgement:
-    """Sample one completion a prompt (text, chat templates already applied) and judge them.
+    """Sample one completion a prompt and judge them.
 
     Args:
-        reward (callable): TRL-shaped, `reward(prompts=..., completions=...) -> list[float]`.
+        prompts (`list`): Plain or conversational, as in a data set of TRL's.
+        reward (callable): TRL-shaped, `reward(prompts=..., completions=..., **columns) -> list[float]`.
         ref_model ([`~transformers.PreTrainedModel`], *optional*): The reference policy.
         adapter_off_is_reference (`bool`): For a `PeftModel`: the base with the adapter off is the reference.
         seed (`int`): Of the sampling; torch's random state is put back afterwards.
+        columns (`dict[str, list]`, *optional*): Further columns of the data set, one value a prompt.
+        tokenize (callable, *optional*): `(rows) -> list[list[int]]`, where it is not TRL's way for online trainers.
     """
     config = plain_sampling(model, tokenizer, max_new_tokens, temperature)
+    values = (columns or {}).values()
+    rows = [
+        {"prompt": prompt} | dict(zip(columns or {}, row, strict=True))
+        for prompt, *row in zip(prompts, *values, strict=True)
+    ]
     training = model.training
     model.eval()
-    texts, rewards, lengths, entropies, kls, exact_kls, ended = [], [], [], [], [], [], 0
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            inputs = tokenizer(batch, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
-            ids = model.generate(**inputs, generation_config=config)
-            width = ids.shape[1] - inputs["input_ids"].shape[1]
-            completion = ids[:, -width:]
-            stops = torch.isin(completion, torch.as_tensor(config.eos_token_id, device=ids.device)).int()
-            mask = (stops.cumsum(-1) - stops) == 0  # (B, T), the end-of-text token itself counts
-            attention_mask = torch.cat([inputs["attention_mask"], mask.long()], dim=1)
-            entropy, log_ratio, exact_kl = _score(
-                model, ref_model, adapter_off_is_reference, ids, attention_mask, width, temperature
-            )
-            if log_ratio is not None:
-                kls += (log_ratio * mask).sum(-1).tolist()  # (B, T) -> (B,)
-                exact_kls += (exact_kl * mask).sum(-1).tolist()
-            new = tokenizer.batch_decode(
-                completion.masked_fill(~mask, tokenizer.pad_token_id), skip_special_tokens=True
-            )
-            texts += new
-            rewards += reward(prompts=batch, completions=new)
-            lengths += mask.sum(-1).tolist()
-            ended += int(stops.any(-1).sum())
-            entropies.append((entropy * mask).sum().item())
-    model.train(training)
+    asked, texts, rewards, lengths, entropies, kls, exact_kls, ended = [], [], [], [], [], [], [], 0
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for start in range(0, len(rows), batch_size):
+                batch = rows[start : start + batch_size]
+                found = sample_rows(model, tokenizer, batch, config, tokenize)
+                mask = found.mask
+                entropy, log_ratio, exact_kl = _score(
+                    model,
+                    ref_model,
+                    adapter_off_is_reference,
+                    found.ids,
+                    found.attention_mask,
+                    mask.shape[1],
+                    temperature,
+                )
+                if log_ratio is not None:
+                    kls += (log_ratio * mask).sum(-1).tolist()  # (B, T) -> (B,)
+                    exact_kls += (exact_kl * mask).sum(-1).tolist()
+                rewards += ask_reward(reward, batch, found.completions, found.completion_ids)
+                asked += found.prompts
+                texts += found.texts
+                lengths += mask.sum(-1).tolist()
+                ended += int(found.ended.sum())
+                entropies.append((entropy * mask).sum().item())
+    finally:
+        model.train(training)
+    applied = [value for value in rewards if not math.isnan(value)] or [math.nan]
     return Judgement(
         stories=len(texts),
-        reward_mean=statistics.fmean(rewards),
-        reward_std=statistics.pstdev(rewards),
+        reward_mean=statistics.fmean(applied),
+        reward_std=statistics.pstdev(applied) if applied[0] == applied[0] else math.nan,
         different_share=different_share(texts),
         distinct_2=distinct_n(texts, 2),
         ended_share=ended / len(texts),
@@ -147,13 +241,13 @@ def judge(
         kl_per_token=sum(kls) / sum(lengths) if kls else None,
         kl_per_sequence=statistics.fmean(kls) if kls else None,
         exact_kl_per_sequence=statistics.fmean(exact_kls) if exact_kls else None,
-        prompts=list(prompts),
+        prompts=asked,
         completions=texts,
     )
 
 
 def best_of_n(rewards: torch.Tensor, largest_n: int, points: int = 24, bootstraps: int = 200, seed: int = 0) -> list:
-    """Expected reward of the best of n samples of the reference, and the most that choosing it costs.
+    """Expected reward of the best of n samples of the reference, and the largest KL that choosing it can cost.
 
     Args:
         rewards (`torch.Tensor`): (M,) rewards of independent samples.
@@ -170,7 +264,7 @@ def best_of_n(rewards: torch.Tensor, largest_n: int, points: int = 24, bootstrap
     # The i-th smallest is the largest of C(i - 1, n - 1) subsets out of C(m, n).
     weights = torch.stack([(_log_binomial(places - 1, n - 1) - _log_binomial(places[-1:], n)).exp() for n in ns])
     generator = torch.Generator().manual_seed(seed)
-    rewards = rewards.double()
+    rewards = rewards.double().cpu()
     expected = weights @ rewards.sort().values
     again = torch.stack(
         [weights @ rewards[torch.randint(m, (m,), generator=generator)].sort().values for _ in range(bootstraps)]

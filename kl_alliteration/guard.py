@@ -1,4 +1,4 @@
-"""Collapse: what it looks like in a generation batch, and the callback that does something about it."""
+"""Collapse: the limits that show it in a generation batch, and the callback that acts on it."""
 
 import warnings
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from ._trl import forget_batches, last_completions, last_reward_std, seam_of
 
 @dataclass
 class CollapseLimits:
-    """What a healthy generation batch keeps to; `None` does not look.
+    """The limits of a healthy generation batch; `None` switches one off.
 
-    `distinct_2_left` is distinct-2 over that of the run's first batch: distinct-2 itself falls with the batch's size.
+    `distinct_2_left` is distinct-2 divided by that of the run's first batch: distinct-2 depends on the batch size.
     """
 
     different_share: float | None = 0.7
@@ -29,7 +29,7 @@ class CollapseLimits:
     BELOW = ("different_share", "distinct_2_left", "distinct_2", "reward_std", "entropy_per_token")
 
     def broken(self, seen: dict[str, float]) -> list[str]:
-        """What of `seen` is out of its limit, in words."""
+        """The values of `seen` that are out of their limits, in words."""
         found = []
         for name, value in seen.items():
             limit = getattr(self, name)
@@ -41,17 +41,17 @@ class CollapseLimits:
 class CollapseGuardCallback(TrainerCallback):
     """Watches every generation batch for collapse, and warns, stops, or goes back to the last good checkpoint.
 
-    A batch is a mean over `smoothing` batches, so that one odd batch is no collapse. What it sees is logged under
-    `guard/`. A checkpoint is good when nothing was out of its limits as it was saved.
+    The limits are compared with means over the last `smoothing` batches, so that one odd batch is not taken for a
+    collapse. These means are logged under `guard/`. A checkpoint is good if no limit was broken when it was saved.
 
     Args:
         trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
         action (`str`, *optional*, defaults to `"stop"`):
             `"warn"` once; `"stop"` the run, saying where the last good checkpoint is; `"rollback"`, which also needs
             [`CollapseGuardCallback.train`] in place of `trainer.train`, to go on from there with a stronger penalty.
-        limits ([`CollapseLimits`], *optional*): What is looked at.
+        limits ([`CollapseLimits`], *optional*): The limits; by default those of the class.
         stronger (`float`, *optional*, defaults to `2.0`): Factor on beta at each rollback.
-        rollbacks (`int`, *optional*, defaults to `3`): How often at most.
+        rollbacks (`int`, *optional*, defaults to `3`): The largest number of rollbacks.
     """
 
     ACTIONS = ("warn", "stop", "rollback")
@@ -111,6 +111,8 @@ class CollapseGuardCallback(TrainerCallback):
         return {name: sum(seen[name] for seen in self.recent) / len(self.recent) for name in sorted(names)}
 
     def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            self.protect(args, state, self.last_good)
         state.stateful_callbacks[self.STATE] = {
             "args": {},
             "attributes": {"first_distinct_2": self.first_distinct_2, "recent": self.recent},
@@ -119,16 +121,29 @@ class CollapseGuardCallback(TrainerCallback):
         if not broken or self.collapse:
             return
         self.collapse = f"step {state.global_step}: {', '.join(broken)}"
+        if self.last_good is not None and not Path(self.last_good).is_dir():
+            self.last_good = None  # gone, by `save_total_limit` and a best model of somebody else's
         good = f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no good checkpoint"
         if state.is_world_process_zero:
-            warnings.warn(f"collapse at {self.collapse}; {good}", stacklevel=2)
+            warnings.warn(f"collapse at {self.collapse}; {good}", kl.KLWarning, stacklevel=2)
         control.should_training_stop = self.action != "warn"
 
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            self.protect(args, state, self.last_good)
+
+    def protect(self, args, state, checkpoint: str | None) -> None:
+        """Have `save_total_limit` spare this checkpoint, as it spares the best one, while the next is saved."""
+        if args.metric_for_best_model is None:
+            state.best_model_checkpoint = checkpoint
+
     def on_save(self, args, state, control, **kwargs):
+        self.protect(args, state, None)  # else the last one would go at the end of training
         if not self.collapse and not self.limits.broken(self.mean()):
             self.last_good = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.protect(args, state, None)  # of the checkpoint that this run goes on from
         self.recent, self.collapse = [], None
         if state.global_step and (saved := state.stateful_callbacks.get(self.STATE)):
             self.first_distinct_2 = saved["attributes"]["first_distinct_2"]
@@ -137,7 +152,7 @@ class CollapseGuardCallback(TrainerCallback):
             self.seam.strengthen(self.factor)  # what the checkpoint brought back was too weak
 
     def train(self, resume_from_checkpoint=None):
-        """`trainer.train`, and again from the last good checkpoint at each collapse while there is one."""
+        """`trainer.train`; after a collapse again from the last good checkpoint, at most `rollbacks` times."""
         output = self.trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         while self.action == "rollback" and self.collapse and self.rollbacks > 0:
             if self.last_good is None or not Path(self.last_good).is_dir():

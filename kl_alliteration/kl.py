@@ -1,4 +1,4 @@
-"""KL estimators, their reductions and their units: free functions on tensors, and the rollout that they are asked of.
+"""KL estimators, their reductions and their units: free functions on tensors, and `Rollout`, which uses them.
 
 Notation: B completions, T completion tokens, V vocabulary, H hidden size; p is the policy, q the reference.
 `ref_log_ratio = logps - ref_logps` (B, T) is the log-ratio of the sampled tokens; its mean over samples of the policy
@@ -12,7 +12,7 @@ There are two kinds of estimator. To add one, write a function and put it into i
   `from_hidden_states` feeds it a chunk of positions at a time, so that (B, T, V) is never held.
 """
 
-import warnings
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -28,6 +28,10 @@ LINEAR_BEYOND = 20.0
 
 # Log-probabilities that a chunk of positions may hold for one of the two models: 16 MB in float32.
 CHUNK_ELEMENTS = 2**22
+
+
+class KLWarning(UserWarning):
+    """Category of this package's warnings: a biased estimate, a null or wrong gradient, a collapse."""
 
 
 def k1(ref_log_ratio: torch.Tensor) -> torch.Tensor:
@@ -86,7 +90,7 @@ def estimators() -> tuple[str, ...]:
 
 
 def whole(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """A parameter that may be sharded, all of it."""
+    """The whole parameter, gathered where it is sharded."""
     if isinstance(parameter, DTensor):
         return parameter.full_tensor()
     return parameter.detach().clone() if hasattr(parameter, "ds_status") else parameter
@@ -96,8 +100,8 @@ def whole(parameter: torch.Tensor | None) -> torch.Tensor | None:
 class LMHead:
     """From hidden states to log-probabilities in the order of TRL's fused head: scale, soft-capping, temperature.
 
-    `weight` (V, H), `bias` (V,) or `None`. Which configuration names scale the logits is read off
-    `trl/trainer/utils.py`, `add_fused_lm_head`, of trl 1.16.0.
+    `weight` (V, H), `bias` (V,) or `None`. The configuration names that scale the logits are those that
+    `add_fused_lm_head` in `trl/trainer/utils.py` of trl 1.16.0 reads.
     """
 
     weight: torch.Tensor
@@ -110,17 +114,21 @@ class LMHead:
     def of(cls, model, temperature: float = 1.0) -> "LMHead":
         """The head of a causal language model of transformers, at a sampling temperature.
 
-        A head that FSDP2 shards is gathered, with its gradient. One that ZeRO-3 shards has to be gathered around this
-        call; it is copied, for it is gone afterwards, and the copy has no gradient.
+        A head that FSDP2 shards is gathered, with its gradient. A head that ZeRO-3 shards must be gathered by the
+        caller around this call. It is copied here, because it is released afterwards; the copy has no gradient. For
+        a head in PEFT's `modules_to_save` this is the one in use now: the trained one, or, adapter off, the original.
 
         Raises:
-            `ValueError`: for a head with an adapter, whose weight would be the base's.
+            `ValueError`: for a head with an adapter on it, since only the base's weight would be read.
         """
         config, head = model.config.get_text_config(), model.get_output_embeddings()
-        if hasattr(head, "base_layer") or hasattr(head, "original_module"):  # of PEFT's wrappers
+        if hasattr(head, "original_module"):  # of PEFT's wrapper
+            saved = [name for name in head.active_adapters if name in head.modules_to_save]
+            head = head.original_module if head.disable_adapters or not saved else head.modules_to_save[saved[0]]
+        if hasattr(head, "base_layer"):
             raise ValueError(
                 "the LM head carries an adapter, which full-vocabulary KL estimates do not see: leave lm_head out of "
-                "lora_target_modules and modules_to_save, or use kl_estimator k1"
+                "lora_target_modules, or use the estimator k1"
             )
         names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
         scale = next((s for name in names if (s := getattr(config, name, None)) is not None), None)
@@ -130,9 +138,13 @@ class LMHead:
         weight, bias = (whole(t) for t in (head.weight, head.bias))
         return cls(weight, bias, temperature, 1.0 if scale is None else scale, softcap)
 
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, H) -> (N, V) log-probabilities, in float32 or better."""
-        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits = torch.nn.functional.linear(hidden.to(self.weight), self.weight, self.bias)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
@@ -155,8 +167,8 @@ def from_hidden_states(
 ) -> torch.Tensor:
     """A full-vocabulary estimate per token from two models' last hidden states.
 
-    Only `rows` positions are projected at a time, in the backward pass too, where a chunk is computed again, and only
-    positions that the mask counts: memory is that of a chunk, `rows` x V, and not of B x T x V.
+    Positions are projected in chunks of `rows`, and only those that the mask counts. The backward pass computes each
+    chunk again. So memory is that of one chunk, `rows` x V, not of B x T x V.
 
     Args:
         estimate (callable): `f(log_p, log_q, token_ids)`, (N, V), (N, V), (N,) -> (N,), such as [`exact`].
@@ -169,20 +181,23 @@ def from_hidden_states(
         `torch.Tensor`: (B, T) nats per token, 0 where the mask is 0; differentiable in `hidden` and in `head`.
     """
     counted = completion_mask.bool()
-    rows = rows or max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+    rows = rows or max(1, CHUNK_ELEMENTS // head.vocab_size)
 
     def chunk(policy_rows, ref_rows, ids):
         with torch.no_grad():
             log_q = ref_head.log_probs(ref_rows)
-        return estimate(head.log_probs(policy_rows), log_q, ids)
+        log_p = head.log_probs(policy_rows)
+        return estimate(log_p, log_q.to(log_p.device), ids.to(log_p.device))
 
     values = [
         checkpoint(chunk, *parts, use_reentrant=False) if torch.is_grad_enabled() else chunk(*parts)
         for parts in zip(
-            hidden[counted].split(rows), ref_hidden[counted].split(rows), token_ids[counted].split(rows), strict=True
+            # A model that is split over devices ends on another one than it begins with.
+            *(t[counted.to(t.device)].split(rows) for t in (hidden, ref_hidden, token_ids)),
+            strict=True,
         )
     ]
-    values = torch.cat(values)
+    values = torch.cat(values).to(counted.device)
     return values.new_zeros(counted.shape).masked_scatter(counted, values)
 
 
@@ -255,7 +270,7 @@ def reduce_per_sequence(per_token_kl: torch.Tensor, completion_mask: torch.Tenso
 def over_budget(
     reduced_kl: torch.Tensor, completion_mask: torch.Tensor, reduction: str, budget_per_token: float
 ) -> torch.Tensor:
-    """What of a completion's KL exceeds its budget, (B,) -> (B,), in the reduction's unit; 0 within the budget.
+    """The part of each completion's KL beyond its budget, (B,) -> (B,), in the reduction's unit; 0 within the budget.
 
     The budget is `budget_per_token` nats times the completion's counted tokens, whether the KL is summed or averaged.
     """
@@ -283,29 +298,34 @@ def check_choice(field: str, value, choices) -> None:
         raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def warn_of_sampling(args, estimator: str) -> None:
-    """Say that completions are not drawn from the distributions whose log-probabilities are compared.
+def model_logps(
+    model, ids: torch.Tensor, attention_mask: torch.Tensor, length: int, temperature=1.0, positions=True
+) -> torch.Tensor:
+    """What a causal language model itself says of the last `length` tokens: (B, P + T) -> (B, T), from its logits.
 
-    `args`: a trainer's, with `top_k`, `top_p`, `min_p` and `temperature`.
+    `positions`: give it [`positions_of`] the mask, where it takes them.
     """
-    truncated = [
-        f"{name}={value}"
-        for name, value, off in (
-            ("top_k", args.top_k, (0, None)),
-            ("top_p", args.top_p, (1.0, None)),
-            ("min_p", args.min_p, (0.0, None)),
-        )
-        if value not in off
-    ]
-    if truncated and estimator in SAMPLED:
-        warnings.warn(
-            f"{', '.join(truncated)}: completions are sampled from a truncated policy, so sampled estimates of the KL "
-            "are biased; the estimator 'exact' is not, at the states that are visited.",
-            stacklevel=3,
-        )
-    if args.temperature != 1:
-        warnings.warn(
-            f"temperature={args.temperature}: TRL divides the logits of policy and reference by it, so every KL here "
-            "is that of the tempered policies, not of the models at temperature 1.",
-            stacklevel=3,
-        )
+    inner = getattr(model, "module", model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    kwargs = {"input_ids": ids, "attention_mask": attention_mask}
+    if positions and "position_ids" in inspect.signature(inner.forward).parameters:
+        kwargs["position_ids"] = positions_of(attention_mask)
+    logits = model(**kwargs).logits[:, -length - 1 : -1]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    log_probs = (logits / temperature).log_softmax(-1)  # (B, T, V)
+    return log_probs.gather(-1, ids[:, -length:, None]).squeeze(-1)
+
+
+def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, L) positions counted from the first token that is no padding, as transformers' `generate` counts them."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def mean_difference(logps: torch.Tensor, others: torch.Tensor, mask: torch.Tensor) -> float:
+    """Mean absolute difference of (B, T) log-probabilities over the counted tokens, in nats."""
+    return (((logps - others).abs() * mask).sum() / mask.sum().clamp(min=1)).item()
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """How far apart, in nats a token, two ways of computing the same log-probabilities may be on average."""
+    return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 0.05)

@@ -1,37 +1,42 @@
-"""What is watched: the KL as several estimators see it."""
+"""The KL in the logs, by several estimators."""
 
 import torch
 from transformers import TrainerCallback
 
 from . import kl
 from ._trl import last_reward_std, seam_of
+from .sampling_options import warn_of_sampling
 
 
 class KLMonitorCallback(TrainerCallback):
-    """Logs the KL as several estimators see it, in both units, over all processes, under `kl/`.
+    """Logs the KL by several estimators, per token and per sequence, over all processes, under `kl/`.
 
     `kl/{k1,k2,k3}_per_token` and `_per_sequence`, with `exact` also `kl/exact_...`; `kl/max_per_sequence`, the
-    furthest completion of the batch; `kl/beta`; `kl/share_of_spread`, the standard deviation of the penalty in the
-    reward over that of penalty and reward added up; with a budget `kl/budget_use`, KL over budget, and
+    furthest completion of the batch; `kl/beta`; `kl/share_of_spread`, the penalty's standard deviation
+    over the sum of the penalty's and the reward's; with a budget `kl/budget_use`, KL over budget, and
     `kl/over_budget_share`; where completions are used for several updates (`num_iterations` > 1)
-    `kl/rollout_per_sequence`, the mean log-ratio of the policy that sampled them and the policy as it is: what
-    clipping bounds, and no bound on the KL to the reference.
+    `kl/rollout_per_sequence`, the mean log-ratio of the policy that sampled them and the policy as it is: that is
+    what clipping bounds, not the KL to the reference.
 
     Args:
         trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
         exact (`bool`, *optional*, defaults to `False`): Log the full-vocabulary KL too.
         load_reference (`bool`, *optional*, defaults to `False`):
-            At `beta` 0 a trainer without LoRA has no reference: load it, a second model, only to watch the KL.
+            At `beta` 0 a trainer without LoRA has no reference: load one, a second model, just to log the KL.
+
+    Raises:
+        `ValueError`: where the reference would be a model with its adapter off that is not its base.
     """
 
     def __init__(self, trainer, exact: bool = False, load_reference: bool = False):
         self.trainer, self.seam = trainer, seam_of(trainer)
         if self.seam.scorer.has_free_reference or load_reference:
             self.seam.scorer.need_reference_at_beta_zero()
+        self.seam.check_reference()
         self.names = ("k1", "k2", "k3", "exact") if exact else ("k1", "k2", "k3")
         if exact:
             self.seam.scorer.need_hidden_states()
-        kl.warn_of_sampling(trainer.args, "exact" if exact else "k1")
+        warn_of_sampling(trainer, "exact" if exact else "k1")
         self.seam.observers.append(self.observe)
         self.seam.watch_rollout_policy = trainer.num_iterations > 1
 

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from . import kl
 from ._trl import seam_of
+from .sampling_options import warn_of_sampling
 
 PLACEMENTS = ("reward", "loss", "both")
 DIRECTIONS = ("reverse", "forward")
@@ -76,7 +77,7 @@ FORWARD = {
 
 @dataclass(frozen=True)
 class KLPenalty:
-    """What `beta` multiplies: a choice that checks itself and is called on a [`~kl.Rollout`].
+    """The KL penalty that `beta` multiplies, as one value: checked when it is made, and called on a [`~kl.Rollout`].
 
     Args:
         estimator (`str`, *optional*, defaults to `"k1"`):
@@ -89,12 +90,12 @@ class KLPenalty:
         direction (`str`, *optional*, defaults to `"reverse"`):
             `"reverse"`, KL(policy || reference), or, of `"exact"` only, `"forward"`, KL(reference || policy).
         budget_per_token (`float`, *optional*):
-            Nats per token that a completion may spend for nothing: the penalty is that of the KL beyond this many
-            times its length, and 0 within. `None` is no budget; 0 forgives what is below the reference alone.
+            Nats per token without a penalty: only the KL beyond this many times the completion's length is
+            penalised. `None` is no budget. With 0 every KL above zero is penalised.
         top_k (`int`, *optional*, defaults to `64`): Tokens that `"top_k"` takes in full.
 
     Raises:
-        `ValueError`: for what is no penalty.
+        `ValueError`: for an unknown choice, or a combination that has no meaning.
     """
 
     estimator: str = "k1"
@@ -182,7 +183,7 @@ class KLPenalty:
 
     @property
     def complaint(self) -> str | None:
-        """Of a null or wrong gradient, with what to use instead."""
+        """The warning where the gradient is null or wrong, with what to use instead; else `None`."""
         if self.contract.use_instead is None:
             return None
         return (
@@ -192,16 +193,16 @@ class KLPenalty:
 
 
 class KLPenaltyCallback(TrainerCallback):
-    """Use a [`KLPenalty`] in a stock [`~trl.RLOOTrainer`], at the price `trainer.beta`.
+    """Use a [`KLPenalty`] in a stock [`~trl.RLOOTrainer`], multiplied by `trainer.beta`.
 
-    It takes effect when it is made. TRL's metric `kl` keeps its meaning, the mean log-ratio in nats per token,
-    whatever the penalty is. At `trainer.beta == 0` there is no penalty to choose. A null or wrong gradient warns with
-    what to use instead.
+    It takes effect as soon as the callback is made. TRL's metric `kl` keeps its meaning, the mean log-ratio in nats
+    per token, whatever the penalty is. With `trainer.beta == 0` there is no penalty. A choice with a null or wrong
+    gradient warns, with what to use instead.
 
     Args:
         trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
         penalty ([`KLPenalty`], *optional*): The choice; by default TRL's own.
-        strict (`bool`, *optional*, defaults to `False`): Raise where it would warn of a gradient.
+        strict (`bool`, *optional*, defaults to `False`): Raise instead of warning of a gradient.
 
     Raises:
         `ValueError`: for a [`~trl.GRPOTrainer`], or a model whose head the estimate cannot read.
@@ -219,6 +220,6 @@ class KLPenaltyCallback(TrainerCallback):
         if complaint := self.penalty.complaint:
             if strict:
                 raise ValueError(complaint)
-            warnings.warn(complaint, stacklevel=2)
-        kl.warn_of_sampling(trainer.args, self.penalty.estimator)
+            warnings.warn(complaint, kl.KLWarning, stacklevel=2)
+        warn_of_sampling(trainer, self.penalty.estimator)
         seam_of(trainer).use_penalty(self.penalty)

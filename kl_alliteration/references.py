@@ -9,18 +9,33 @@ from ._trl import seam_of
 from .adapters import ADAPTER, REFERENCE, check_trains
 
 
-class ReferenceCallback(TrainerCallback):
-    """What the KL of a LoRA run is measured from, with the KL to the base, adapter off, beside it.
+def use_loaded_reference(trainer) -> None:
+    """Measure the KL from a second model, loaded from the path of the first, and not from the adapter off.
 
-    Logs `kl/base_per_token` and `kl/base_per_sequence`, the mean log-ratio of policy and base in nats, wherever the
-    base is not the reference itself: there they are TRL's `kl` and the monitor's `k1`. A reference of its own is a
+    For adapters that leave something in the base when they are off: PiSSA and its like, trained biases. It costs the
+    memory of a second model. Call it before any callback.
+
+    Args:
+        trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
+
+    Raises:
+        `ValueError`: for a [`~trl.GRPOTrainer`], whose own penalty would still take the adapter off.
+    """
+    seam_of(trainer).use_loaded_reference()
+
+
+class ReferenceCallback(TrainerCallback):
+    """Choose what the KL of a LoRA run is measured from, and log the KL to the base (adapter off) as well.
+
+    Logs `kl/base_per_token` and `kl/base_per_sequence`, the mean log-ratio of policy and base in nats, if the
+    base is not the reference; if it is, they would equal TRL's `kl` and the monitor's `k1`. Any other reference is a
     frozen adapter called `ref`, as in TRL, so it is saved with every checkpoint and resumed from it.
 
     Args:
         trainer ([`~trl.RLOOTrainer`]): The trainer, stock, of a `PeftModel`.
         reference (`str`, *optional*, defaults to `"start"`):
-            `"start"`: the adapter as it is now, which of a new adapter is the base. `"base"`: the base, even where TRL
-            would take the adapter that one goes on from.
+            `"start"`: the adapter as it is now; for a new adapter that is the base. `"base"`: the base, even where TRL
+            would take the adapter that training started from.
 
     Raises:
         `ValueError`: without an adapter, with an unknown reference, or for a moving reference under ZeRO-3, which
@@ -72,7 +87,7 @@ class ReferenceCallback(TrainerCallback):
 class MovingAverageReferenceCallback(ReferenceCallback):
     """The reference follows the policy: `ref <- alpha * policy + (1 - alpha) * ref` every `steps` steps.
 
-    The average is of the adapter's parameters, not of their products. TRL's `sync_ref_model`, which it refuses with
+    The average is of the adapter's parameters, not of their products. It is TRL's `sync_ref_model`, refused there with
     PEFT; names and defaults are TRL's. The formula is TR-DPO's soft update (arXiv 2404.09656, section 3).
 
     Args:

@@ -1,11 +1,13 @@
 """What texts have: alliteration, by the study's definition and its refinements, and variety. Pure functions."""
 
-import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
+
+import regex
 
 
 def as_text(prompt_or_completion) -> str:
@@ -29,13 +31,24 @@ def first_letter(word: str) -> str:
 
 
 def bare(word: str) -> str:
-    """The word without what is neither letter nor digit at its ends: `'"Tall,'` is `Tall`, `--` is nothing."""
-    start, end = 0, len(word)
-    while start < end and not word[start].isalnum():
+    """The word without what is neither letter nor digit at its ends: `'"Tall,'` is `Tall`, `--` is nothing.
+
+    A letter is one with its marks, as Unicode takes text apart: the vowel signs of Hindi and Arabic belong to it.
+    """
+    if word.isalnum():
+        return word
+    characters = list(word) if word.isascii() else regex.findall(r"\X", word)
+    start, end = 0, len(characters)
+    while start < end and not has_letter(characters[start]):
         start += 1
-    while end > start and not word[end - 1].isalnum():
+    while end > start and not has_letter(characters[end - 1]):
         end -= 1
-    return word[start:end]
+    return "".join(characters[start:end])
+
+
+def has_letter(character: str) -> bool:
+    """Whether a character with its marks has a letter or digit in it, or is a mark alone: no emoji, no punctuation."""
+    return any(map(str.isalnum, character)) or unicodedata.category(character[0]).startswith("M")
 
 
 def count_alliterations(text: str) -> int:
@@ -58,8 +71,9 @@ class Pair(NamedTuple):
 
     @property
     def identical(self) -> bool:
-        """One word twice, whatever its case and punctuation."""
-        return bare(self.left).lower() == bare(self.right).lower()
+        """One word twice, whatever its case, its punctuation and the way in which its accents are written."""
+        left, right = (unicodedata.normalize("NFC", bare(word).lower()) for word in (self.left, self.right))
+        return left == right
 
 
 def alliterating_pairs(words: list[str], initial: Callable[[str], str] = first_letter) -> list[Pair]:
@@ -98,8 +112,11 @@ def alliterating_words(text: str) -> list[tuple[str, bool]]:
 # Variety. The packages that measure it do not install beside transformers 5.
 
 
+WORD = regex.compile(r"(?:[\p{L}\p{N}_'-][\p{M}\u200c\u200d]*)+")  # letters with their marks and joiners
+
+
 def _words(text: str) -> list[str]:
-    return re.findall(r"[\w'-]+", text.lower())
+    return WORD.findall(unicodedata.normalize("NFC", text.lower()))
 
 
 def different_share(texts: list[str]) -> float:

@@ -3,14 +3,13 @@
     accelerate launch recipes/dpo_tall_tree.py
     accelerate launch recipes/dpo_tall_tree.py --beta 0.3 --pairs_from runs/dpo_tall_tree/pairs.jsonl
 
-Its KL is in the difference of two log-ratios, `beta` being the price per nat of the sequence. The pairs go into
+Its KL is implicit, in the difference of two log-ratios; `beta` is the price per nat of the sequence. The pairs go into
 `pairs.jsonl` of the output directory, and `--pairs_from` takes them from there. Options are those of `DPOConfig` and
 `ModelConfig`; `dpo_tall_tree.yaml` holds the defaults.
 """
 
 from pathlib import Path
 
-from datasets.utils.logging import disable_progress_bar
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from kl_alliteration import use_fast_sampling
@@ -19,6 +18,7 @@ from kl_alliteration.lab.inputs import load_pairs, load_policy, load_tokenizer
 from kl_alliteration.lab.options import PairArguments, check_options
 from kl_alliteration.lab.pairs import longest
 from kl_alliteration.lab.parser import RecipeParser, parse_recipe
+from kl_alliteration.lab.progress import clear_screen_of_libraries
 from kl_alliteration.lab.run import run_recipe
 from kl_alliteration.lab.survival import one_line_errors
 
@@ -28,7 +28,7 @@ def main():
     parser = RecipeParser((PairArguments, DPOConfig, ModelConfig), defaults=Path(__file__).with_suffix(".yaml"))
     args, training_args, model_args = parse_recipe(parser)
     check_options(args, training_args, model_args)
-    disable_progress_bar()
+    clear_screen_of_libraries()
     tokenizer = load_tokenizer(args, model_args, training_args)
     pairs = load_pairs(args, training_args, model_args, tokenizer)
     length = longest(pairs, tokenizer, args.max_completion_length)

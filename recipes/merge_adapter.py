@@ -2,7 +2,7 @@
 
     python recipes/merge_adapter.py --adapter_name_or_path runs/tall_tree --output_dir runs/merged
 
-Nothing is saved unless the merged model's log-probabilities are the adapter's.
+It saves nothing unless the merged model's log-probabilities equal the adapter's.
 """
 
 from dataclasses import dataclass, field

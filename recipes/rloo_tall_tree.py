@@ -11,12 +11,13 @@ takes another file. Into the output directory go the model or adapter, `curves.p
 
 from pathlib import Path
 
-from datasets.utils.logging import disable_progress_bar
 from trl import ModelConfig, RLOOConfig, RLOOTrainer
 
+from kl_alliteration.lab.judging import total_reward
 from kl_alliteration.lab.options import PenaltyArguments, check_options
 from kl_alliteration.lab.parser import RecipeParser, parse_recipe
-from kl_alliteration.lab.run import build_trainer, run_recipe, total_reward
+from kl_alliteration.lab.progress import clear_screen_of_libraries
+from kl_alliteration.lab.run import build_trainer, run_recipe
 from kl_alliteration.lab.survival import one_line_errors
 
 
@@ -25,7 +26,7 @@ def main():
     parser = RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), defaults=Path(__file__).with_suffix(".yaml"))
     args, training_args, model_args = parse_recipe(parser)
     check_options(args, training_args, model_args)
-    disable_progress_bar()
+    clear_screen_of_libraries()
     trainer = build_trainer(RLOOTrainer, args, training_args, model_args)
     run_recipe(trainer, args, model_args, parser, total_reward(trainer))
 

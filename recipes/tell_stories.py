@@ -46,6 +46,10 @@ def main():
     (args,) = HfArgumentParser(Arguments, allow_abbrev=False).parse_args_into_dataclasses()
     if args.stories < 1:
         raise ValueError(f"stories must be >= 1, got {args.stories}")
+    if args.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be >= 1, got {args.max_new_tokens}")
+    if not 0 < args.temperature < float("inf"):
+        raise ValueError(f"temperature must be > 0 and finite, got {args.temperature}")
     if not args.prompt.strip():
         raise ValueError("prompt must not be empty")
     name = args.model_name_or_path

@@ -18,7 +18,7 @@ from rich.progress import track
 from transformers.utils import logging
 
 from kl_alliteration.lab.comparison import judged, write_page
-from kl_alliteration.lab.run import judge_run
+from kl_alliteration.lab.judging import judge_run
 from kl_alliteration.lab.runs import read_summary
 from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.lab.sweep import (

@@ -9,6 +9,7 @@ and draws docs/images/tutorial_loss.png. The expected gradients of both are enum
 
 import argparse
 import copy
+import statistics
 from pathlib import Path
 
 import torch
@@ -115,7 +116,7 @@ def main():
     rows = {"where both start": [run[STEPS - LAST : STEPS] for run in next(iter(seen.values()))]}
     rows |= {name: [run[-LAST:] for run in runs] for name, runs in seen.items()}
     for name, runs in rows.items():
-        cells = [spread([sum(point[i] for point in run) / len(run) for run in runs]) for i in (0, 1)]
+        cells = [spread([statistics.fmean(point[i] for point in run) for run in runs]) for i in (0, 1)]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

@@ -1,9 +1,13 @@
 """Tests own their models: a two-layer Llama with a word-level tokenizer, built in process. No Hub."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # GRPO's rollout_func, in tests/test_algorithms.py
+# Tiny models: a second thread costs more than it gives, most of all on a busy machine. Here and in what is started.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -14,7 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import RLOOConfig, RLOOTrainer
 
-torch.set_num_threads(1)  # tiny models: a second thread costs more than it gives, most of all on a busy machine
+gc.freeze()  # what the imports made stays: looking through it again and again costs a third of a second each time
+torch.set_num_threads(1)
 
 WORDS = "<eos> <pad> <unk> once upon a time there was tall tree that tried to touch the top of sky and fox".split()
 
@@ -33,7 +38,7 @@ TINY_RUN = {
     "use_cpu": True,
     "bf16": False,
     "disable_tqdm": True,
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -14,10 +15,11 @@ from transformers import (
     GPTNeoConfig,
     LlamaConfig,
     Qwen2Config,
+    TrainerCallback,
     set_seed,
 )
 
-from kl_alliteration import KLMonitorCallback, KLPenaltyCallback
+from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback
 from kl_alliteration.adapters import (
     check_trains,
     default_lora_config,
@@ -78,10 +80,12 @@ def test_default_config_finds_all_linear_layers_but_the_head(family, variant):
     assert not any("lm_head" in name for name in adapted)
 
 
-@pytest.mark.parametrize("option", ["target_modules", "modules_to_save"])
-def test_a_head_is_refused_with_the_reason(option):
-    with pytest.raises(ValueError, match="must not hold lm_head: .* tied to the embeddings"):
-        default_lora_config(**{option: ["q_proj", "lm_head"]})
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], "lm_head", ["model.embed_out"]])
+def test_an_adapted_head_is_refused_with_the_reason(targets):
+    """Trained whole, beside the adapter, it is seen: `tests/test_policy_that_is_scored.py`."""
+    with pytest.raises(ValueError, match=r"must not hold \S*(lm_head|embed_out): TRL reads .* would train nothing"):
+        default_lora_config(target_modules=targets)
+    assert default_lora_config(modules_to_save=["lm_head"]).modules_to_save == ["lm_head"]
 
 
 @pytest.mark.parametrize("variant", ["plain", "dora"])
@@ -112,7 +116,8 @@ def test_the_reference_of_training_mode_is_the_base_too(family, dtype):
                 module.p = 0.0
     model.train()
     model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before 5.23
+    getattr(model, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
     set_seed(2)
     on = model(IDS, use_cache=False).logits
     with torch.no_grad(), model.disable_adapter():
@@ -137,7 +142,7 @@ def test_curves_of_stock_trl_and_of_k1_sum_are_the_same(make_trainer, options):
     stock = make_trainer(lora=default_lora_config(**options), max_steps=4)
     stock.train()
     ours = make_trainer(lora=default_lora_config(**options), max_steps=4)
-    ours.add_callback(KLPenaltyCallback(ours, "k1", kl_reduction="sum"))
+    ours.add_callback(KLPenaltyCallback(ours, KLPenalty("k1", reduction="sum")))
     ours.train()
     assert curves(ours) == curves(stock) and any(kl != 0 for _, kl, *_ in curves(ours))
 
@@ -349,25 +354,42 @@ def test_killed_at_any_moment_of_saving(make_trainer, tmp_path):
         return trainer
 
     taken = []
-    for n in range(1, 40):
-        folder = tmp_path / str(n)
-        child = os.fork()
-        if child == 0:
-            sys.addaudithook(Killer(f"{folder}/checkpoint-2", n))
-            made(folder, steps=2).train()
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        checkpoint = last_checkpoint(folder)
-        taken.append(int(checkpoint.rpartition("-")[2]))
+
+    class Children(TrainerCallback):
+        """At the end of step 2: a child a moment, each with a folder of its own, goes on to save and is killed."""
+
+        child = None
+
+        def on_step_end(self, args, state, control, **kwargs):
+            for n in range(1, 40 if state.global_step == 2 else 1):
+                folder = tmp_path / str(n)
+                shutil.copytree(tmp_path / "whole", folder)
+                self.child = os.fork()
+                if self.child == 0:
+                    args.output_dir = str(folder)
+                    sys.addaudithook(Killer(f"{folder}/checkpoint-2", n))
+                    return
+                _, status = os.waitpid(self.child, 0)
+                taken.append((folder, last_checkpoint(folder), status))
+                if not os.WIFSIGNALED(status):
+                    break
+
+        def on_train_end(self, args, state, control, **kwargs):
+            if self.child == 0:
+                os._exit(0)
+
+    whole = made(tmp_path / "whole", steps=2)
+    whole.add_callback(Children())
+    whole.train()
+    for n, (folder, checkpoint, status) in enumerate(taken, start=1):
         if os.WIFSIGNALED(status):
             assert os.WTERMSIG(status) == signal.SIGKILL
-        trainer = made(folder)
         if n % 4 == 1 or not os.WIFSIGNALED(status):
+            trainer = made(folder)
             trainer.train(resume_from_checkpoint=checkpoint)
             assert trainer.state.global_step == 3
-        if not os.WIFSIGNALED(status):
-            break
-    assert n > 6 and taken[:-1].count(1) >= n - 3 and taken[-1] == 2
+    steps = [int(checkpoint.rpartition("-")[2]) for _, checkpoint, _ in taken]
+    assert n > 6 and steps[:-1].count(1) >= n - 3 and steps[-1] == 2
 
 
 def test_a_final_save_that_is_cut_off_leaves_the_old_adapter(make_trainer, tmp_path, monkeypatch):

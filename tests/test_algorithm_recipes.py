@@ -1,42 +1,38 @@
 """GRPO, DPO and all algorithms beside each other, as a person runs them."""
 
 import json
-import runpy
-import sys
-from pathlib import Path
+import os
 
 import pytest
 import yaml
-from test_recipes import ROOT, SMALL, run
+from programs import ROOT, fork_ranks, run
+from test_recipes import SMALL, lines, refusal
 
-from kl_alliteration.lab.run import judge_run
+from kl_alliteration.lab.judging import judge_run
 
 TINY = [*SMALL[:-2], "--report_to", "none", "--disable_tqdm", "true"]
+DPO = "dpo_tall_tree.py"
 FEW = (
     "--pairs 12 --group_size 4 --pairs_per_group 1 --max_completion_length 12 --per_device_train_batch_size 4".split()
 )
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_grpo(tmp_path):
     group = "--num_generations", "4", "--per_device_train_batch_size", "4"
     rule = "--kl_controller", "step", "--target_kl_per_token", "0.1"
-    run("--output_dir", "out", *group, *rule, *TINY, cwd=tmp_path, recipe="grpo_tall_tree.py")
+    run("grpo_tall_tree.py", "--output_dir", "out", *group, *rule, *TINY, cwd=tmp_path)
     out = tmp_path / "out"
     assert [entry["generations"] for entry in lines(out / "metrics.jsonl")[:2]] == [4, 8]
     assert lines(out / "metrics.jsonl")[0]["kl/k3_per_token"] == pytest.approx(0, abs=1e-6)
     assert json.loads((out / "summary.json").read_text())["after"]["exact_kl_per_sequence"] >= 0
-    done = run("--kl_estimator", "k1", cwd=tmp_path, recipe="grpo_tall_tree.py", check=False)
+    done = run("grpo_tall_tree.py", "--kl_estimator", "k1", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "error: unknown option --kl_estimator" in done.stderr
 
 
 @pytest.mark.parametrize("lora", [(), ("--use_peft", "--learning_rate", "1e-2")], ids=["full", "lora"])
 def test_dpo_its_pairs_again_and_its_judge(tmp_path, lora):
     saves = "--save_strategy", "steps", "--save_steps", "1"
-    done = run("--output_dir", "out", *FEW, *TINY, *saves, *lora, cwd=tmp_path, recipe="dpo_tall_tree.py")
+    done = run(DPO, "--output_dir", "out", *FEW, *TINY, *saves, *lora, cwd=tmp_path, curves=True)
     out = tmp_path / "out"
     pairs = lines(out / "pairs.jsonl")
     assert f"{len(pairs)} pairs: " in done.stdout and 3 < len(pairs) <= 12
@@ -45,16 +41,15 @@ def test_dpo_its_pairs_again_and_its_judge(tmp_path, lora):
     assert [entry["pairs"] for entry in entries[:2]] == [4, 8] and "rewards/margins" in entries[0]
     assert (out / "curves.png").stat().st_size > 10_000
 
-    again = run("--output_dir", "again", "--pairs_from", "out/pairs.jsonl", *FEW, *TINY, *lora, cwd=tmp_path,
-                recipe="dpo_tall_tree.py")  # fmt: skip
+    again = run(DPO, "--output_dir", "again", "--pairs_from", "out/pairs.jsonl", *FEW, *TINY, *lora, cwd=tmp_path)
     assert "pairs: " not in again.stdout and not (tmp_path / "again/pairs.jsonl").exists()
     times = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
     kept = [{k: v for k, v in e.items() if k not in times} for e in lines(tmp_path / "again/metrics.jsonl")]
     assert kept == [{k: v for k, v in e.items() if k not in times} for e in entries]
 
     changed = (out / "pairs.jsonl").stat().st_mtime_ns
-    run("--output_dir", "out", *FEW, *TINY, *saves, *lora, "--max_steps", "3", "--resume_from_checkpoint", "latest",
-        cwd=tmp_path, recipe="dpo_tall_tree.py")  # fmt: skip
+    more = "--max_steps", "3", "--resume_from_checkpoint", "latest"
+    run(DPO, "--output_dir", "out", *FEW, *TINY, *saves, *lora, *more, cwd=tmp_path)
     assert (out / "pairs.jsonl").stat().st_mtime_ns == changed  # the same pairs, not new ones
     assert [entry["pairs"] for entry in lines(out / "metrics.jsonl")[:3]] == [4, 8, 12]
 
@@ -66,10 +61,9 @@ def test_dpo_its_pairs_again_and_its_judge(tmp_path, lora):
     assert judgement.mean_length <= 12
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_two_processes_make_pairs_together(tmp_path):
-    launcher = "accelerate.commands.launch", "--quiet", "--config_file", str(ROOT / "accelerate_configs/two_cpu.yaml")
-    group = "--group_size", "2"
-    run("--output_dir", "out", *FEW, *TINY, *group, cwd=tmp_path, launcher=launcher, recipe="dpo_tall_tree.py")
+    fork_ranks(DPO, "--output_dir", "out", *FEW, *TINY, "--group_size", "2", cwd=tmp_path, logs=tmp_path)
     pairs = lines(tmp_path / "out/pairs.jsonl")
     stories = {pair[side] for pair in pairs for side in ("chosen", "rejected")}
     assert 6 < len(pairs) <= 12 and len(stories) == 2 * len(pairs)  # no process repeats another's
@@ -86,7 +80,10 @@ def test_two_processes_make_pairs_together(tmp_path):
             "pairs_per_group must be from 1 to half of group_size, got 3",
         ),
         (["--pairs_from", "no.jsonl"], "pairs_from: there is no file 'no.jsonl'"),
-        (["--temperature", "0"], "temperature must be > 0, got 0.0"),
+        (
+            ["--temperature", "0"],
+            "temperature must be > 0, got 0.0",
+        ),
         (["--max_completion_length", "0"], "max_completion_length must be >= 1, got 0"),
         (["--beta", "-1"], "beta must be >= 0 and finite, got -1.0"),
         (["--kl_controller", "pi"], "unknown option --kl_controller"),
@@ -94,14 +91,8 @@ def test_two_processes_make_pairs_together(tmp_path):
         (["--reward_funcs", "my.nothing"], "reward_funcs: cannot import 'my.nothing'"),
     ],
 )
-def test_refusals_of_dpo(tmp_path, monkeypatch, capsys, options, says):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["dpo_tall_tree.py", "--output_dir", "out", *options])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "recipes/dpo_tall_tree.py"), run_name="__main__")
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert ended.value.code == 2 and says in line
-    assert not list(tmp_path.iterdir())
+def test_refusals_of_dpo(tmp_path, options, says):
+    assert says in refusal(*options, cwd=tmp_path, recipe=DPO)
 
 
 def test_all_algorithms_beside_each_other(tmp_path):
@@ -116,12 +107,12 @@ def test_all_algorithms_beside_each_other(tmp_path):
     config = {"algorithms": {"clipped": clipped, "DPO": dpo}, "stories": 4, "eval_stories": 2, "logging_steps": 1}
     config |= {"frontier": str(ROOT / "kl_alliteration/story_lm/frontier.json"), "seeds": [0], "output_dir": "out"}
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(config | {"report_to": "none"}))
-    options = {"cwd": tmp_path, "recipe": "kl_across_algorithms.py", "check": False}
-    said = run("--config", "few.yaml", "--print_commands", **options).stdout.splitlines()
+    study, options = "kl_across_algorithms.py", {"cwd": tmp_path, "check": False}
+    said = run(study, "--config", "few.yaml", "--print_commands", **options).stdout.splitlines()
     assert (
         len(said) == 3 and sum("--num_iterations 2" in line for line in said) == 1 and not (tmp_path / "out").exists()
     )
-    done = run("--config", "few.yaml", **options)
+    done = run(study, "--config", "few.yaml", **options)
     assert done.returncode == 0, done.stderr[-2000:]
     page = (tmp_path / "out/algorithms.md").read_text()
     assert page.count("\n| DPO | ") == 2 and page.count("\n> ") == 4 and "### clipped: " in page
@@ -132,14 +123,14 @@ def test_all_algorithms_beside_each_other(tmp_path):
     assert lines(tmp_path / "out/clipped_beta_0_seed_0/metrics.jsonl")[1]["kl/rollout_per_sequence"] != 0
     (tmp_path / "out/DPO_beta_1_seed_0/summary.json").unlink()
     log = (tmp_path / "out/clipped_beta_0_seed_0/log.txt").read_text()
-    done = run("--config", "few.yaml", **options)
+    done = run(study, "--config", "few.yaml", **options)
     assert (tmp_path / "out/clipped_beta_0_seed_0/log.txt").read_text() == log
     again = (tmp_path / "out/algorithms.md").read_text()  # the same but for the last column, the seconds
     assert [line.split(" | ")[:9] for line in again.splitlines()] == [
         line.split(" | ")[:9] for line in page.splitlines()
     ]
-    done = run("--config", "few.yaml", "--frontier", "no.json", **options)
+    done = run(study, "--config", "few.yaml", "--frontier", "no.json", **options)
     assert done.returncode == 2 and "error: frontier: there is no file 'no.json'" in done.stderr
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(config | {"algorithms": {"PPO": {"betas": [1]}}}))
-    done = run("--config", "few.yaml", **options)
+    done = run(study, "--config", "few.yaml", **options)
     assert done.returncode == 2 and "error: algorithms: PPO needs recipe, config and betas" in done.stderr

@@ -38,7 +38,7 @@ BETA = 0.7
 PLAIN = {
     "beta": BETA,
     "model_init_kwargs": {"dtype": torch.float64},
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
     "report_to": "none",
     "use_cpu": True,
     "bf16": False,
@@ -278,7 +278,7 @@ def expected_loss_gradient(t: Tables, loss, reward) -> torch.Tensor:
 
 @pytest.fixture
 def tutorial(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "studies")
     return importlib.import_module("tutorial_loss")
 
 

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 import transformers
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, GPT2Config, GPTNeoConfig, LlamaConfig, Qwen2Config
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from kl_alliteration import KLPenaltyCallback, kl
+from kl_alliteration import KLPenalty, KLPenaltyCallback, kl
+from kl_alliteration.penalty import DIRECTIONS
 
 V = 97
 SIZES = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -49,7 +50,7 @@ def distribution(model, ids, temperature=1.0):
     return torch.distributions.Categorical(logits=model(ids).logits[:, :-1] / temperature)
 
 
-@pytest.mark.parametrize("direction", kl.DIRECTIONS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_exact_equals_the_full_logits(ids, name, temperature, direction):
@@ -189,9 +190,11 @@ def test_nothing_larger_than_a_chunk_is_made_at_a_vocabulary_of_50257(rows):
     assert largest.elements == max(rows, hidden_size) * vocabulary
 
 
-def test_a_head_that_is_trained_beside_an_adapter_is_refused_before_training(make_trainer):
-    """Whose weight it hands out with the adapter off is PEFT's affair. TRL itself refuses `lm_head` as a target."""
+def test_a_head_with_an_adapter_on_it_is_refused(make_trainer):
+    """Its own weight would be the base's. TRL itself refuses `lm_head` as a target; beside an adapter it is seen."""
+    model = get_peft_model(build("llama", 0), LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="LM head carries an adapter.*use the estimator k1"):
+        kl.LMHead.of(model.get_base_model())
     trainer = make_trainer(lora=LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    with pytest.raises(ValueError, match="LM head carries an adapter.*use kl_estimator k1"):
-        KLPenaltyCallback(trainer, kl_estimator="exact", kl_placement="both")
-    KLPenaltyCallback(trainer, kl_estimator="k1")
+    KLPenaltyCallback(trainer, KLPenalty("exact", "both"))
+    KLPenaltyCallback(trainer, KLPenalty("k1"))

@@ -18,8 +18,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from kl_alliteration import KLPenaltyCallback, generation, kl, use_fast_sampling
+from kl_alliteration import KLPenalty, KLPenaltyCallback, kl, use_fast_sampling
 from kl_alliteration._trl import seam_of
+from kl_alliteration.sampling import generate
 from kl_alliteration.sampling.decoder import Unsupported, read_decoder
 
 V = 61
@@ -81,7 +82,7 @@ def test_greedy_tokens_equal_those_of_generate(name, padded, lora):
     ids, mask = prompts(padded)
     config = options(do_sample=False, eos_token_id=[0, 17])
     expected = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    found = generation.sample(read_decoder(model), ids, mask, config)
+    found = generate.sample(read_decoder(model), ids, mask, config)
     assert found.tolist() == expected.tolist()
 
 
@@ -104,7 +105,7 @@ def test_the_base_is_not_touched_by_folding():
     model = build("llama", lora=True)
     before = {n: p.clone() for n, p in model.named_parameters()}
     ids, mask = prompts(padded=True)
-    generation.sample(read_decoder(model), ids, mask, options(do_sample=True))
+    generate.sample(read_decoder(model), ids, mask, options(do_sample=True))
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     with model.disable_adapter():
         off = read_decoder(model)
@@ -137,7 +138,7 @@ def test_100000_draws_are_of_transformers_distribution(case):
     warped = LogitsProcessorList(warpers)(None, logits.clone()) if warpers else logits
     expected = warped.softmax(-1)[0].double()
     config = options(do_sample=True, **{"top_k": 0, "top_p": 1.0} | given)
-    counts = torch.bincount(generation.draw(logits.expand(100_000, -1), config), minlength=V).double()
+    counts = torch.bincount(generate.draw(logits.expand(100_000, -1), config), minlength=V).double()
     possible = expected > 0
     assert counts[~possible].sum() == 0
     wanted = expected[possible] / expected[possible].sum() * counts.sum()
@@ -149,7 +150,7 @@ def test_100000_draws_are_of_transformers_distribution(case):
 def test_a_draw_at_the_very_end_of_the_sums_is_a_token_that_may_be_drawn(monkeypatch):
     monkeypatch.setattr(torch, "rand_like", torch.ones_like)
     logits = torch.tensor([[0.0, 1.0, -torch.inf, -torch.inf]])
-    assert generation.draw(logits, options(do_sample=True, top_k=0)).tolist() == [1]
+    assert generate.draw(logits, options(do_sample=True, top_k=0)).tolist() == [1]
 
 
 def test_rows_end_at_any_end_of_text_and_are_padded():
@@ -157,7 +158,7 @@ def test_rows_end_at_any_end_of_text_and_are_padded():
     ids, mask = prompts(padded=False)
     torch.manual_seed(0)
     ids, mask = ids.repeat(20, 1), mask.repeat(20, 1)
-    out = generation.sample(read_decoder(model), ids, mask, options(do_sample=True, eos_token_id=[0, 5, 9], top_k=0))
+    out = generate.sample(read_decoder(model), ids, mask, options(do_sample=True, eos_token_id=[0, 5, 9], top_k=0))
     for row in out[:, 7:].tolist():
         ends = [i for i, token in enumerate(row) if token in (0, 5, 9)]
         assert not ends or set(row[ends[0] + 1 :]) <= {1}
@@ -169,8 +170,8 @@ def test_a_stock_trainer_samples_with_it(make_trainer, monkeypatch, lora):
     trainer = make_trainer(lora=lora)
     use_fast_sampling(trainer)
     calls = []
-    sample = generation.sample
-    monkeypatch.setattr(generation, "sample", lambda *args: calls.append(1) or sample(*args))
+    sample = generate.sample
+    monkeypatch.setattr(generate, "sample", lambda *args: calls.append(1) or sample(*args))
     trainer.train()
     assert len(calls) == 3 and trainer.state.global_step == 3
 
@@ -214,16 +215,16 @@ def score_calls(trainer) -> list[bool]:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("penalty", [{}, {"kl_estimator": "exact", "kl_placement": "both"}], ids=["stock", "exact"])
+@pytest.mark.parametrize("penalty", [{}, {"estimator": "exact", "placement": "both"}], ids=["stock", "exact"])
 def test_one_forward_gives_the_same_run_with_one_pass_less(make_trainer, lora, penalty):
     """The same completions (transformers samples here), rewards and losses; shuffled rows find their own graph."""
     runs = []
     for one_forward in (False, True):
         trainer = make_trainer(lora=lora, max_steps=4)
         if penalty:
-            KLPenaltyCallback(trainer, **penalty)
+            KLPenaltyCallback(trainer, KLPenalty(**penalty))
         if one_forward:
-            assert seam_of(trainer).one_forward()
+            assert seam_of(trainer).use_one_forward()
         calls = [] if lora else score_calls(trainer)
         runs.append(history(trainer))
         if not lora:
@@ -238,20 +239,21 @@ def test_one_forward_makes_a_full_vocabulary_estimate_once(make_trainer, monkeyp
     monkeypatch.setattr(kl, "from_hidden_states", lambda *args: calls.append(True) or estimate(*args))
     for one_forward in (False, True):
         trainer = make_trainer(max_steps=3)
-        KLPenaltyCallback(trainer, "exact", "both")
+        KLPenaltyCallback(trainer, KLPenalty("exact", "both"))
         if one_forward:
-            seam_of(trainer).one_forward()
+            seam_of(trainer).use_one_forward()
         calls.clear()
         trainer.train()
         assert len(calls) == (3 if one_forward else 6)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_.*able` is deprecated:FutureWarning")  # TRL calls it so
 @pytest.mark.parametrize(
-    "options", [{"num_iterations": 2}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}]
+    "options", [{"num_iterations": 2}, {"gradient_accumulation_steps": 2}, {"activation_checkpointing": True}]
 )
 def test_one_forward_is_off_where_a_batch_is_not_one_update(make_trainer, options):
     trainer = make_trainer(**options)
-    assert seam_of(trainer).one_forward() is False
+    assert seam_of(trainer).use_one_forward() is False
     trainer.train()
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kl_alliteration import CollapseGuardCallback, CollapseLimits, KLControlCallback, control
+from kl_alliteration.kl import KLWarning
 
 ALWAYS = CollapseLimits(different_share=1.1)  # no batch reaches it
 
@@ -19,7 +20,7 @@ def test_it_stops_after_as_many_batches_as_it_smooths_over(make_trainer, beta):
     trainer = make_trainer(beta=beta, max_steps=6)
     guard = CollapseGuardCallback(trainer, limits=ALWAYS, smoothing=2)
     trainer.add_callback(guard)
-    with pytest.warns(UserWarning, match="collapse at step 2: different_share .*; there is no good checkpoint"):
+    with pytest.warns(KLWarning, match="collapse at step 2: different_share .*; there is no good checkpoint"):
         trainer.train()
     assert trainer.state.global_step == 2 and guard.collapse.startswith("step 2")
     logged = [e for e in trainer.state.log_history if "guard/different_share" in e]
@@ -29,7 +30,7 @@ def test_it_stops_after_as_many_batches_as_it_smooths_over(make_trainer, beta):
 def test_it_warns_once_and_goes_on(make_trainer):
     trainer = make_trainer(max_steps=6)
     trainer.add_callback(CollapseGuardCallback(trainer, action="warn", limits=ALWAYS))
-    with pytest.warns(UserWarning, match="collapse at step 2") as caught:
+    with pytest.warns(KLWarning, match="collapse at step 2") as caught:
         trainer.train()
     assert trainer.state.global_step == 6 and sum("collapse" in str(w.message) for w in caught) == 1
 
@@ -82,7 +83,7 @@ def test_rollback_goes_on_from_the_last_good_checkpoint_with_a_stronger_penalty(
     trainer, rule = make("guarded")
     guard = CollapseGuardCallback(trainer, "rollback", AfterStep(), smoothing=1, stronger=3.0)
     trainer.add_callback(guard)
-    with pytest.warns(UserWarning, match="made up; the last good checkpoint is .*checkpoint-4"):
+    with pytest.warns(KLWarning, match="made up; the last good checkpoint is .*checkpoint-4"):
         guard.train()
     assert trainer.state.global_step == 8 and guard.rollbacks == 2
 

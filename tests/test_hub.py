@@ -1,4 +1,8 @@
-"""The Hub, through the real client and recipes in processes of their own, against a server on loopback."""
+"""The Hub, through the real client, against a server on loopback.
+
+One push and the stranger who reads it are processes that know no other Hub. The other recipes run in this process,
+where the client's constants, which it reads as it is imported, are set by hand.
+"""
 
 import json
 import os
@@ -6,18 +10,25 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
+import transformers
 import yaml
 from hub_server import HubServer
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
+from programs import ROOT, run
+from trl import ModelConfig, RLOOConfig
 
 from kl_alliteration.lab.options import PenaltyArguments
 from kl_alliteration.lab.parser import RecipeParser, parse_recipe
 
-ROOT = Path(__file__).parent.parent
 SMALL = "--max_steps 2 --max_completion_length 12 --eval_stories 6 --logging_steps 1 --show_stories_every 0".split()
-REPO = "ada/tall-tree"
+REPO, RECIPE = "ada/tall-tree", "rloo_tall_tree.py"
 
 
 @pytest.fixture
@@ -28,35 +39,68 @@ def hub():
 
 
 @pytest.fixture
-def at_hub(hub, tmp_path):
-    """`at_hub(*command, token=...)`: a command in a process that knows no Hub but this one."""
+def environment(hub, tmp_path):
+    """`environment(token, home)`: of a program that knows no Hub but this one."""
+    return lambda token, home: {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_TOKEN": token,
+        "NO_PROXY": "127.0.0.1",
+        "COLUMNS": "200",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+
+
+@pytest.fixture
+def at_hub(environment, tmp_path):
+    """`at_hub(*command, token=...)`: a command in a process of its own."""
 
     def run(*command, token="hf_ada", home="home"):
-        env = os.environ | {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / home),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_TOKEN": token,
-            "NO_PROXY": "127.0.0.1",
-            "COLUMNS": "200",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        }
+        env = os.environ | environment(token, home)
         return subprocess.run(list(map(str, command)), cwd=tmp_path, env=env, capture_output=True, text=True)
 
     return run
 
 
-def recipe(name="rloo_tall_tree.py"):
-    return sys.executable, ROOT / "recipes" / name
+@pytest.fixture
+def here(hub, environment, tmp_path, monkeypatch):
+    """`here(recipe, *words, token=...)`: a recipe in this process."""
+
+    def run_here(name, *words, token="hf_ada", home="home"):
+        with monkeypatch.context() as patched:
+            cache = tmp_path / home / "hub"
+            for constant, value in {
+                "ENDPOINT": hub.url,
+                "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+                "HF_HUB_OFFLINE": False,
+                "HF_HUB_DISABLE_XET": True,
+                "HF_HOME": str(cache.parent),
+                "HF_HUB_CACHE": str(cache),
+                "HF_TOKEN_PATH": str(cache.parent / "token"),
+            }.items():
+                patched.setattr(constants, constant, value)
+            patched.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # its methods are the client's functions
+            patched.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
+            # It waits longer before each new attempt.
+            patched.setattr(_http, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))
+            huggingface_hub.close_session()
+            try:
+                return run(name, *words, cwd=tmp_path, check=False, env=environment(token, home))
+            finally:
+                huggingface_hub.close_session()
+
+    return run_here
 
 
 PUSH = "--output_dir", "out", "--use_peft", "--push_to_hub", "--hub_model_id", REPO, "--learning_rate", "1e-2", *SMALL
 
 
-def test_train_push_and_a_stranger_reads_it(hub, at_hub, tmp_path):
-    done = at_hub(*recipe(), *PUSH, "--hub_strategy", "checkpoint", "--save_strategy", "steps", "--save_steps", "1")
+def test_train_push_and_a_stranger_reads_it(hub, at_hub, here, tmp_path):
+    saves = "--hub_strategy", "checkpoint", "--save_strategy", "steps", "--save_steps", "1"
+    done = at_hub(sys.executable, ROOT / "recipes" / RECIPE, *PUSH, *saves)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "loaded back: log-probabilities agree (0 nats)" in done.stdout
     files = hub.files(REPO)
@@ -79,9 +123,7 @@ def test_train_push_and_a_stranger_reads_it(hub, at_hub, tmp_path):
     assert "- Reward: `alliteration_reward`" in card
     assert f'load_adapter("{REPO}")' in card
 
-    told = at_hub(
-        *recipe("tell_stories.py"), "--model_name_or_path", REPO, "--stories", "2", token="", home="stranger"
-    )
+    told = here("tell_stories.py", "--model_name_or_path", REPO, "--stories", "2", token="", home="stranger")
     assert told.returncode == 0, told.stderr[-3000:]
     assert "adapter on: " in told.stdout and "adapter off: " in told.stdout and told.stdout.count("Once upon") == 4
 
@@ -90,35 +132,34 @@ def test_train_push_and_a_stranger_reads_it(hub, at_hub, tmp_path):
 
     (tmp_path / "again.yaml").write_bytes(files["recipe.yaml"])
     defaults = ROOT / "recipes/rloo_tall_tree.yaml"
-    from trl import ModelConfig, RLOOConfig
 
     def parsed(argv):
         return parse_recipe(RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), defaults), argv)
 
-    expected = parsed([*PUSH, "--hub_strategy", "checkpoint", "--save_strategy", "steps", "--save_steps", "1"])
+    expected = parsed([*PUSH, *saves])
     for found, wanted in zip(parsed(["--config", str(tmp_path / "again.yaml")]), expected, strict=True):
         assert found == wanted
     assert files["recipe.yaml"].decode().startswith("# accelerate launch recipes/rloo_tall_tree.py --output_dir out")
 
-    more = at_hub(*recipe(), "--output_dir", "more", "--adapter_name_or_path", REPO, "--kl_reference", "base", *SMALL)
+    more = here(RECIPE, "--output_dir", "more", "--adapter_name_or_path", REPO, "--kl_reference", "base", *SMALL)
     assert more.returncode == 0, more.stderr[-3000:]
     assert json.loads((tmp_path / "more/adapter_config.json").read_text())["r"] == 16
 
 
-def test_a_private_repository_and_a_token_that_stays_private(hub, at_hub):
+def test_a_private_repository_and_a_token_that_stays_private(hub, here):
     saves = "--hub_strategy", "checkpoint", "--save_strategy", "steps", "--save_steps", "1"
-    done = at_hub(*recipe(), *PUSH, *saves, "--hub_private_repo", "True", "--hub_token", "hf_ada", token="")
+    done = here(RECIPE, *PUSH, *saves, "--hub_private_repo", "True", "--hub_token", "hf_ada", token="")
     assert done.returncode == 0, done.stderr[-3000:]
     assert hub.repos[REPO]["private"]
-    assert "--hub_token '***'" in hub.files(REPO)["recipe.yaml"].decode()
+    assert "--hub_token ***" in hub.files(REPO)["recipe.yaml"].decode()
     assert [name for name, content in hub.files(REPO).items() if b"hf_ada" in content] == []
-    read = *recipe("tell_stories.py"), "--model_name_or_path", REPO, "--stories", "1"
-    refused = at_hub(*read, token="hf_eve", home="eve")
+    read = "tell_stories.py", "--model_name_or_path", REPO, "--stories", "1"
+    refused = here(*read, token="hf_eve", home="eve")
     assert refused.returncode == 2 and "error: " in refused.stderr and "Traceback" not in refused.stderr
-    assert at_hub(*read, home="other").returncode == 0
+    assert here(*read, home="other").returncode == 0
 
 
-def test_refused_before_training(hub, at_hub, tmp_path):
+def test_refused_before_training(hub, at_hub, here, tmp_path):
     assert at_hub("hf", "repos", "create", "taken").returncode == 0
     for token, name, words in (
         ("hf_nobody", REPO, "no valid login at the Hub"),
@@ -126,15 +167,15 @@ def test_refused_before_training(hub, at_hub, tmp_path):
         ("hf_ada", "eve/mine", "the Hub does not take the repository 'eve/mine'"),
         ("hf_eve", "ada/taken", "the token may not write to ada/taken"),
     ):
-        done = at_hub(*recipe(), *PUSH, "--hub_model_id", name, token=token)
+        done = here(RECIPE, *PUSH, "--hub_model_id", name, token=token)
         assert done.returncode == 2 and f"error: push_to_hub: {words}" in done.stderr, done.stderr[-2000:]
         assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("where", ["/lfs/", "/commit/"])
-def test_a_hub_that_dies_in_the_middle_of_a_push_loses_nothing(hub, at_hub, tmp_path, where):
+def test_a_hub_that_dies_in_the_middle_of_a_push_loses_nothing(hub, at_hub, here, tmp_path, where):
     hub.die_at = where
-    done = at_hub(*recipe(), *PUSH)
+    done = here(RECIPE, *PUSH)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert "error: not pushed to the Hub" in done.stdout and hub.files(REPO) == {}
     assert (tmp_path / "out/adapter_model.safetensors").exists() and (tmp_path / "out/README.md").exists()

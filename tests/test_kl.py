@@ -51,7 +51,7 @@ def test_reductions_by_hand():
 
 
 def test_a_wrong_reduction_names_field_value_and_choices():
-    with pytest.raises(ValueError, match="kl_reduction must be one of sum, mean, got 'max'"):
+    with pytest.raises(ValueError, match="^reduction must be one of sum, mean, got 'max'"):
         kl.reduce_per_sequence(torch.zeros(1, 1), torch.ones(1, 1), "max")
 
 
@@ -69,19 +69,3 @@ def test_the_study_s_unit_by_hand():
     assert kl.to_study_beta(kl.study_beta(5.0)) == pytest.approx(5.0)
     ratios = torch.linspace(-1, 2, 99)
     assert kl.study_beta(40) * ratios.sum() == pytest.approx((40 * ratios.mean()).item())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"estimator": "k4"}, "kl_estimator must be one of k1, k2, k3, abs, exact, top_k, got 'k4'"),
-        ({"placement": "both ways"}, "kl_placement must be one of reward, loss, both, got 'both ways'"),
-        ({"direction": "up"}, "kl_direction must be one of reverse, forward, got 'up'"),
-        ({"direction": "forward"}, "kl_direction 'forward' needs kl_estimator 'exact', got 'k1'"),
-        ({"budget_per_token": -0.1}, "kl_budget_per_token must be >= 0 and finite, got -0.1"),
-        ({"placement": "loss", "budget_per_token": 0.1}, "in the loss needs kl_estimator exact or top_k, got 'k1'"),
-    ],
-)
-def test_what_is_no_penalty_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        kl.gradient_contract(**{"estimator": "k1"} | options)

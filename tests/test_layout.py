@@ -157,7 +157,8 @@ def test_importing_the_library_changes_nothing_of_the_user_s():
 import sys, warnings, torch, transformers, trl, peft
 from trl import RLOOTrainer
 def state():
-    return torch.get_num_threads(), list(warnings.filters), torch.get_default_dtype(), transformers.logging.get_verbosity()
+    filters, verbosity = list(warnings.filters), transformers.logging.get_verbosity()
+    return torch.get_num_threads(), filters, torch.get_default_dtype(), verbosity
 before = state()
 import kl_alliteration
 kl_alliteration.KLPenalty

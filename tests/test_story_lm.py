@@ -5,7 +5,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl_alliteration import alliteration_reward, judge
-from kl_alliteration.story_lm import MODEL_PATH, PROMPT, corpus
+from kl_alliteration.lab.story_model import corpus
+from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 
 ADJECTIVES = ("look", "trait", "scene")
 NOUNS = ("animal", "toy", "food", "place", "person")

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 from conftest import word_tokenizer
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, set_seed
@@ -52,6 +53,7 @@ def study_update(policy, reference, texts, words, learning_rate: float) -> None:
             parameter -= learning_rate * parameter.grad
 
 
+@pytest.mark.filterwarnings("ignore::kl_alliteration.kl.KLWarning")  # the study samples with top_k 50
 def test_the_same_tokens_give_the_study_s_update(tmp_path):
     words = tiny_gpt_neo(tmp_path / "model")
     parser = RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), defaults=ROOT / "recipes/study_33m.yaml")

@@ -1,6 +1,5 @@
 """Each fault provoked for real: the message, the status, and what is left on disk."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import ROOT, fork, run
+from test_recipes import RECIPE, lines
 from transformers import TrainerCallback
 
 from kl_alliteration.lab.checked_rewards import CheckedReward
 from kl_alliteration.lab.runs import is_complete, last_checkpoint
 from kl_alliteration.lab.survival import Terminated, TrainingStopped, stop_beyond, train_or_say_why
 
-ROOT = Path(__file__).parent.parent
-RECIPE = str(ROOT / "recipes/rloo_tall_tree.py")
 TINY = (
     "--max_completion_length 8 --num_generations 8 --per_device_train_batch_size 8 --eval_stories 2 --logging_steps 1"
 )
@@ -25,17 +24,22 @@ OPTIONS = *TINY.split(), "--show_stories_every", "0", "--save_strategy", "steps"
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def start(cwd, *options, launcher=(sys.executable,)) -> subprocess.Popen:
-    command = [*launcher, RECIPE, "--output_dir", "out", *OPTIONS, *map(str, options)]
+def start(cwd, *options, launcher) -> subprocess.Popen:
+    command = [*launcher, str(ROOT / "recipes" / RECIPE), "--output_dir", "out", *OPTIONS, *map(str, options)]
     return subprocess.Popen(command, cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def error_of(process: subprocess.Popen, status: int, timeout: float = 200) -> str:
-    _, stderr = process.communicate(timeout=timeout)
-    assert process.returncode == status, stderr[-3000:]
+def error_of(returncode: int, stderr: str, status: int) -> str:
+    assert returncode == status, stderr[-3000:]
     assert "Traceback" not in stderr
     (line,) = [line for line in stderr.splitlines() if line.startswith("error:")]
     return line
+
+
+def stopped(cwd, *options) -> str:
+    """The line of a run in this process that is stopped."""
+    done = run(RECIPE, "--output_dir", "out", *OPTIONS, *options, cwd=cwd, check=False)
+    return error_of(done.returncode, done.stderr, status=3)
 
 
 def reward_file(tmp_path, body: str) -> tuple[str, str]:
@@ -56,29 +60,31 @@ def reward_file(tmp_path, body: str) -> tuple[str, str]:
     ],
 )
 def test_a_faulty_reward_at_step_7(tmp_path, body, options, cause):
-    line = error_of(start(tmp_path, *reward_file(tmp_path, body), *options, "--max_steps", 9), status=3)
+    line = stopped(tmp_path, *reward_file(tmp_path, body), *options, "--max_steps", 9)
     assert line.startswith("error: stopped at step 6: reward_funcs: ") and cause in line
     assert "the last good checkpoint is out/checkpoint-6: go on with --resume_from_checkpoint latest" in line
     assert is_complete(tmp_path / "out/checkpoint-6") and "faulty" in (tmp_path / "out/error.txt").read_text()
     assert not (tmp_path / "out/summary.json").exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_sigterm_saves_and_the_run_goes_on(tmp_path):
     reward = reward_file(tmp_path, "open('step', 'w').write(str(n)); time.sleep(0.3)")
     options = *reward, "--max_steps", 6, "--save_steps", 100
-    process = start(tmp_path, *options)
+    log = tmp_path / "log.txt"
+    child = fork(RECIPE, "--output_dir", "out", *OPTIONS, *options, cwd=tmp_path, log=log)
     while not (tmp_path / "step").exists() or (tmp_path / "step").read_text() not in "3456":
-        assert process.poll() is None, process.communicate()[1][-2000:]
+        ended, _ = os.waitpid(child, os.WNOHANG)
+        assert not ended, log.read_text()[-2000:]
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    line = error_of(process, status=75)
+    os.kill(child, signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    line = error_of(os.waitstatus_to_exitcode(status), log.read_text(), status=75)
     step = int(last_checkpoint(tmp_path / "out").rpartition("-")[2])
     assert 2 <= step < 6 and f"SIGTERM at step {step}; the last good checkpoint is out/checkpoint-{step}" in line
-    again = start(tmp_path, *options, "--resume_from_checkpoint", "latest")
-    stdout, stderr = again.communicate(timeout=200)
-    assert again.returncode == 0 and f"Resuming from out/checkpoint-{step}" in stdout, stderr[-2000:]
-    steps = [json.loads(line).get("step") for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    assert steps[:6] == [1, 2, 3, 4, 5, 6]
+    again = "--output_dir", "out", *OPTIONS, *options, "--resume_from_checkpoint", "latest"
+    assert f"Resuming from out/checkpoint-{step}" in run(RECIPE, *again, cwd=tmp_path).stdout
+    assert [line.get("step") for line in lines(tmp_path / "out/metrics.jsonl")][:6] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root")
@@ -88,7 +94,7 @@ def test_a_full_disk(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        line = error_of(start(tmp_path, "--max_steps", 9), status=3)  # a checkpoint is some 21 MB
+        line = stopped(tmp_path, "--max_steps", 9)  # a checkpoint is some 21 MB
         good = last_checkpoint(disk)
         assert f"stopped at step {int(good.rpartition('-')[2]) + 1}: " in line and Path(good).name in line
         assert "the disk of out is full" in line
@@ -120,12 +126,12 @@ def test_a_kl_beyond_the_limit(make_trainer):
 def test_a_loss_that_is_no_number(make_trainer):
     trainer = make_trainer(max_steps=5, save_strategy="steps", save_steps=1)
     stop_beyond(trainer, 1e9)  # any instrument looks at the loss
-    compute = trainer._compute_loss.__self__._compute_loss
+    compute = trainer._compute_loss.__self__.stock.compute_loss
 
     def poisoned(model, inputs):
         return compute(model, inputs) * (float("nan") if trainer.state.global_step == 2 else 1)
 
-    trainer._compute_loss.__self__._compute_loss = poisoned
+    trainer._compute_loss.__self__.stock.compute_loss = poisoned
     with pytest.raises(
         TrainingStopped, match="stopped at step 2: FloatingPointError: the loss is nan; .*checkpoint-2"
     ):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from programs import fork, runs_in_this_process
 from rich.console import Console
 
 from kl_alliteration.lab.runs import read_metrics, read_summary
@@ -44,13 +44,14 @@ def test_finished_runs_are_kept_and_failed_ones_are_named(recipe, tmp_path):
     runs.append(Run("bad", {"ending": "fails", "seed": 0}, recipe=recipe))
     folder = tmp_path / "runs"
     console = Console(record=True, width=200, file=open(os.devnull, "w"))
-    failed = run_all(runs, folder, CPU, at_a_time=3, console=console)
+    failed = run_all(runs, folder, CPU, at_a_time=3, console=console)  # three processes under their launchers
     assert [run.name for run in failed] == ["bad"]
     assert read_summary(folder / "good_seed_1") == {"seed": "1"}
     said = console.export_text()
     assert "bad failed: error: no such thing" in said
     (folder / "good_seed_0" / "summary.json").write_text('{"half": ')  # of a run that was broken off as it wrote
-    run_all(runs[:2], folder, CPU, at_a_time=2, console=console)
+    with runs_in_this_process():
+        run_all(runs[:2], folder, CPU, at_a_time=2, console=console)
     assert [len((folder / run.name / "starts").read_text()) for run in runs[:2]] == [2, 1]
 
 
@@ -61,7 +62,8 @@ def test_two_runs_of_one_name_are_refused(tmp_path):
 
 def test_other_options_in_the_same_folder_are_refused(recipe, tmp_path):
     """The finished run of one question must not pass for the answer to another."""
-    run_all([Run("a", {"ending": "well", "seed": 0}, recipe=recipe)], tmp_path, CPU)
+    with runs_in_this_process():
+        run_all([Run("a", {"ending": "well", "seed": 0}, recipe=recipe)], tmp_path, CPU)
     with pytest.raises(ValueError, match="holds a run with other options .*--seed 0"):
         run_all([Run("a", {"ending": "well", "seed": 1}, recipe=recipe)], tmp_path, CPU)
 
@@ -86,14 +88,15 @@ def test_what_a_killed_sweep_left_running_is_ended(recipe, tmp_path):
         options = {{"ending": "well", "seconds": 60, "seed": 0}}
         run_all([Run("a", options, recipe=Path({str(recipe)!r}))], Path({str(tmp_path)!r}), {CPU!r})
     """)
-    sweep = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
-    starts = tmp_path / "a" / "starts"
-    for _ in range(600):
-        if starts.exists():
-            break
+    (tmp_path / "sweep.py").write_text(script)
+    starts, ended = tmp_path / "a" / "starts", 0
+    sweep = fork(tmp_path / "sweep.py", cwd=tmp_path, log=tmp_path / "log.txt")
+    while not ended and not starts.exists():
+        ended, _ = os.waitpid(sweep, os.WNOHANG)
         time.sleep(0.1)
-    sweep.send_signal(signal.SIGKILL)
-    sweep.wait()
+    assert not ended, (tmp_path / "log.txt").read_text()
+    os.kill(sweep, signal.SIGKILL)
+    os.waitpid(sweep, 0)
     leader = json.loads((tmp_path / "a" / "process.json").read_text())["pid"]
     group = [p for p in psutil.process_iter() if p.pid and os.getpgid(p.pid) == leader]
     assert len(group) >= 2  # the launcher and the recipe outlive the sweep

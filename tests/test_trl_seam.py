@@ -1,4 +1,4 @@
-"""What `_trl.py` leans on in TRL, and that a stock trainer stays what it is."""
+"""What `_trl` leans on in TRL, and that a stock trainer stays what it is."""
 
 import inspect
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from trl import RLOOTrainer
 
-from kl_alliteration import KLPenaltyCallback, kl
+from kl_alliteration import KLPenalty, KLPenaltyCallback, kl
 from kl_alliteration._trl import seam_of
 from kl_alliteration._trl.seam import ATTRIBUTES, METHODS, check_trainer
+from kl_alliteration.penalty import PLACEMENTS
 
 TIMES = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "profiling")
 
@@ -52,26 +53,27 @@ def test_k1_sum_equals_the_stock_trainer_bit_for_bit(make_trainer, lora, accumul
     expected = logged(stock)
     # made after the first has run: construction seeds the generators that training draws from
     ours = make_trainer(lora=lora, gradient_accumulation_steps=accumulation)
-    ours.add_callback(KLPenaltyCallback(ours, kl_estimator="k1", kl_reduction="sum"))
+    ours.add_callback(KLPenaltyCallback(ours, KLPenalty("k1", reduction="sum")))
     assert any(e.get("kl") for e in expected), "the reference must have been used"
     assert logged(ours) == expected
     pairs = zip(stock.model.parameters(), ours.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.filterwarnings("ignore::kl_alliteration.kl.KLWarning")
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize(("estimator", "reduction"), [("k1", "mean"), ("k2", "sum"), ("k3", "sum"), ("k3", "mean")])
 def test_advantages_come_from_the_chosen_penalty(make_trainer, lora, estimator, reduction):
     """Advantages against a leave-one-out worked from the rewards and the log-probabilities that TRL computed."""
     trainer = make_trainer(lora=lora, max_steps=4)
-    trainer.add_callback(KLPenaltyCallback(trainer, kl_estimator=estimator, kl_reduction=reduction))
+    trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty(estimator, reduction=reduction)))
     seam = trainer._kl_alliteration_seam
     batches = []
     generate = trainer._generate_and_score_completions
 
     def spy(inputs):
         output = generate(inputs)
-        batches.append((seam._rollout, output, list(trainer._logs["rewards"]["reward"])))
+        batches.append((seam.batch.rollout, output, list(trainer._logs["rewards"]["reward"])))
         return output
 
     trainer._generate_and_score_completions = spy
@@ -113,7 +115,7 @@ def test_without_a_baseline_the_weights_are_the_rewards_less_the_penalty(make_tr
             output = generate(inputs)
             raw = [0.0 if r is None or r != r else min(r, 4.0) for r in logs["rewards"]["reward"]]
             assert list(logs["advantages"]) == output["advantages"].tolist()
-            batches.append((output, seam._rollout, torch.tensor(raw)))
+            batches.append((output, seam.batch.rollout, torch.tensor(raw)))
             return output
 
         trainer._generate_and_score_completions = spy
@@ -135,7 +137,7 @@ def test_without_a_baseline_the_weights_are_the_rewards_less_the_penalty(make_tr
 
 def test_at_beta_zero_there_is_nothing_to_replace(make_trainer):
     trainer = make_trainer(beta=0.0, max_steps=2)
-    trainer.add_callback(KLPenaltyCallback(trainer, kl_estimator="k3"))
+    trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("k3", "both")))
     with_callback = logged(trainer)
     assert with_callback == logged(make_trainer(beta=0.0, max_steps=2))
 
@@ -154,44 +156,44 @@ def test_a_trainer_without_a_private_name_is_refused_by_that_name(name):
 
 def test_a_changed_call_order_is_refused(make_trainer):
     trainer = make_trainer(max_steps=1)
-    KLPenaltyCallback(trainer, kl_estimator="k2")
+    KLPenaltyCallback(trainer, KLPenalty("k3", "both"))
     seam = trainer._kl_alliteration_seam
-    generate = seam._generate_and_score
+    generate = seam.stock.generate_and_score
 
     def twice(inputs):
         generate(inputs)
         return generate(inputs)
 
-    seam._generate_and_score = twice
+    seam.stock.generate_and_score = twice
     with pytest.raises(RuntimeError, match="log-probabilities 4 times in a generation batch, expected 2"):
         trainer.train()
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize("placement", kl.PLACEMENTS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("table", ["SAMPLED", "FULL_VOCABULARY"])
 def test_an_estimator_is_one_function(make_trainer, monkeypatch, table, placement):
     """A new name in a table is all it takes; here one that is 2 for each token of either kind."""
     functions = {"SAMPLED": lambda x: 0 * x + 2, "FULL_VOCABULARY": lambda log_p, log_q, ids: 0 * log_p.sum(-1) + 2}
     monkeypatch.setitem(getattr(kl, table), "two", functions[table])
     trainer = make_trainer(max_steps=1, warmup_steps=0)
-    KLPenaltyCallback(trainer, "two", placement, kl_reduction="mean")
+    KLPenaltyCallback(trainer, KLPenalty("two", placement, reduction="mean"))
     seam = trainer._kl_alliteration_seam
     trainer.train()
     assert seam.last_penalty.tolist() == [0.0 if placement == "loss" else 2.0] * 8
 
 
 def test_a_wrong_option_is_refused(make_trainer):
-    with pytest.raises(ValueError, match="kl_estimator must be one of k1, k2, k3, abs, exact, top_k, got 'k4'"):
-        KLPenaltyCallback(make_trainer(), kl_estimator="k4")
-    with pytest.raises(ValueError, match="kl_top_k must be >= 1, got 0"):
-        KLPenaltyCallback(make_trainer(), kl_estimator="top_k", kl_placement="both", kl_top_k=0)
+    with pytest.raises(ValueError, match="^estimator must be one of k1, k2, k3, abs, exact, top_k, got 'k4'"):
+        KLPenaltyCallback(make_trainer(), KLPenalty("k4"))
+    with pytest.raises(ValueError, match="^top_k must be >= 1, got 0"):
+        KLPenaltyCallback(make_trainer(), KLPenalty("top_k", "both", top_k=0))
 
 
 def losses(trainer) -> list[tuple]:
     """Trains, and says for each micro-batch what went into `_compute_loss` and what TRL's and our loss were."""
     seam, seen = trainer._kl_alliteration_seam, []
-    ours, stock = trainer._compute_loss, seam._compute_loss
+    ours, stock = trainer._compute_loss, seam.stock.compute_loss
 
     def spy_stock(model, inputs):
         seen.append([inputs, stock(model, inputs)])
@@ -202,7 +204,7 @@ def losses(trainer) -> list[tuple]:
         seen[-1].append(loss.item())
         return loss
 
-    seam._compute_loss, trainer._compute_loss = spy_stock, spy_ours
+    seam.stock.compute_loss, trainer._compute_loss = spy_stock, spy_ours
     trainer.train()
     return seen
 
@@ -213,7 +215,7 @@ def test_the_loss_s_term_follows_shuffling_accumulation_and_iterations(make_trai
     """Reference values stay with their completions, the term is new at each pass, and earlier samples are weighted."""
     options = {"gradient_accumulation_steps": 2, "num_iterations": 2, "per_device_train_batch_size": 4, "beta": 0.3}
     trainer = make_trainer(lora=lora, max_steps=4, learning_rate=5e-2 if lora else 1e-2, **options)
-    KLPenaltyCallback(trainer, estimator, "loss")
+    KLPenaltyCallback(trainer, KLPenalty(estimator, "loss"))
 
     def logps_of(model, inputs):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
@@ -221,7 +223,7 @@ def test_the_loss_s_term_follows_shuffling_accumulation_and_iterations(make_trai
         return model(ids, attention_mask=mask).logits[:, inputs["prompt_ids"].shape[1] - 1 : -1].log_softmax(-1)
 
     terms = []
-    stock = trainer._kl_alliteration_seam._compute_loss
+    stock = trainer._kl_alliteration_seam.stock.compute_loss
 
     def expected(model, inputs):
         with torch.no_grad():
@@ -239,7 +241,7 @@ def test_the_loss_s_term_follows_shuffling_accumulation_and_iterations(make_trai
             terms.append((0.3 * (ratio * (per_token * mask).sum(1)).mean().item(), ratio))
         return stock(model, inputs)
 
-    trainer._kl_alliteration_seam._compute_loss = expected
+    trainer._kl_alliteration_seam.stock.compute_loss = expected
     seen = losses(trainer)
     assert len(seen) == 8
     for (_, stock_loss, loss), (term, _) in zip(seen, terms, strict=True):
@@ -259,7 +261,7 @@ def test_accumulation_adds_the_same_term(make_trainer):
             optim="sgd",
             max_grad_norm=0,
         )
-        KLPenaltyCallback(trainer, "exact", "both")
+        KLPenaltyCallback(trainer, KLPenalty("exact", "both"))
         trainer.train()
         gradients.append([p.detach() for p in trainer.model.parameters()])
     for one, two in zip(*gradients, strict=True):
@@ -269,7 +271,7 @@ def test_accumulation_adds_the_same_term(make_trainer):
 def test_stock_plus_loss_term_needs_the_penalty_out_of_the_reward(make_trainer):
     """`loss` alone leaves the rewards as they are: advantages of the plain rewards."""
     trainer = make_trainer(max_steps=2, beta=5.0)
-    KLPenaltyCallback(trainer, "k2", "loss")
+    KLPenaltyCallback(trainer, KLPenalty("k2", "loss"))
     for inputs, _, _ in losses(trainer):
         rewards = torch.tensor(list(trainer._logs["rewards"]["reward"])).view(-1, 4)
         expected = (rewards - (rewards.sum(1, keepdim=True) - rewards) / 3).flatten()

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from trl import RLOOConfig, RLOOTrainer
 
-from kl_alliteration import KLControlCallback, KLMonitorCallback, KLPenaltyCallback, kl
+from kl_alliteration import KLControlCallback, KLMonitorCallback, KLPenalty, KLPenaltyCallback, kl
 from kl_alliteration.control import LogPIRule
 
 torch.set_num_threads(1)
@@ -66,7 +66,7 @@ def controlled(folder: str, per_device: int, steps: int = 60) -> tuple[RLOOTrain
     """A long enough run under a rule to compare, with as many completions a batch as asked for."""
     set_seed(0)
     trainer = make(folder, True, 1, per_device_train_batch_size=per_device, max_steps=steps, learning_rate=3e-2)
-    trainer.add_callback(KLPenaltyCallback(trainer, "exact", "both"))
+    trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("exact", "both")))
     trainer.add_callback(KLMonitorCallback(trainer, exact=True))
     trainer.add_callback(KLControlCallback(trainer, LogPIRule(0.1, target_kl_per_token=0.05), "exact"))
     seen = Seen(trainer)
@@ -110,14 +110,14 @@ def main(folder: str) -> None:
             stock = make(folder, lora, accumulation)
             expected = history(stock), weights(stock)
             ours = make(folder, lora, accumulation)
-            KLPenaltyCallback(ours, "k1")
+            KLPenaltyCallback(ours, KLPenalty("k1"))
             KLMonitorCallback(ours)
             same = history(ours) == expected[0]
             same = same and all(torch.equal(a, b) for a, b in zip(weights(ours), expected[1], strict=True))
             found[f"same-{'lora' if lora else 'full'}-{accumulation}"] = same
 
     trainer = make(folder, False, 1)
-    KLPenaltyCallback(trainer, "k3", "both", kl_budget_per_token=None)
+    KLPenaltyCallback(trainer, KLPenalty("k3", "both"))
     monitor = KLMonitorCallback(trainer, exact=True)
     seam, rows = trainer._kl_alliteration_seam, []
 

@@ -18,6 +18,9 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`, or `tests/test_grpo
 - of `GRPOTrainer`, which has the same names: what `_generate_and_score_completions` returns holds `prompt_ids`,
   `prompt_mask`, `completion_ids`, `completion_mask`, (B, P) and (B, T), and its loss reads `beta` anew.
 - `_load_from_checkpoint(checkpoint)`, of transformers, brings model or adapters back.
+- `_tokenize_prompts(prompts)[0]`, `_calculate_rewards(inputs, prompts, completions, completion_ids)`, which gives
+  (B of all processes, functions), `_pending_metrics`, `_pending_extra_logs`, and `trl.data_utils._tokenize` are what
+  `asking.py` uses; `tests/test_judge_is_trainer.py` guards them.
 - `use_adapter` and `create_model_from_path`, `add_fused_lm_head`, `disable_dropout_in_model`, by which it makes the
   reference.
 """

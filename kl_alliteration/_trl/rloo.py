@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .. import kl
+from .baseline import without_baseline
 from .scoring import Scored
-from .seam import Seam, last_rewards, unknown_order
+from .seam import Seam, unknown_order
 
 
 @dataclass
@@ -17,6 +18,7 @@ class Batch:
     under_way: bool = True
     scored: list[Scored] = field(default_factory=list)  # policy, reference
     rollout: kl.Rollout | None = None
+    rewards: torch.Tensor | None = None  # (B of all processes, functions)
     penalty: torch.Tensor | None = None  # (B,), what beta is multiplied with in the reward
     ref_head: kl.LMHead | None = None
     graph: Scored | None = None  # the policy's score with its graph, for a loss that uses it
@@ -34,10 +36,10 @@ class LossPass:
 class RLOOSeam(Seam):
     """Wraps three bound methods of a stock `RLOOTrainer`.
 
-    In the reward: at the reference's log-probabilities, the second of the two calls, it hands back values whose
-    difference to the policy's sums to `penalty(rollout)` under the mask. TRL does the rest: gathering, beta, baseline,
-    advantages. In the loss: the reference goes into the batch that TRL shuffles and splits, and `beta` times the mean
-    of `penalty(rollout)` is added to TRL's loss.
+    In the reward: where TRL asks for the reference's log-probabilities, the second of two calls, it returns values
+    whose difference to the policy's sums to `penalty(rollout)` under the mask. TRL does the rest: gathering, beta,
+    baseline, advantages. In the loss: the reference is added to the batch that TRL shuffles and splits, and `beta`
+    times the mean of `penalty(rollout)` is added to TRL's loss.
     """
 
     def __init__(self, trainer):
@@ -46,11 +48,14 @@ class RLOOSeam(Seam):
         self.one_forward = False  # the loss uses the policy's scoring pass and its graph
         self.batch: Batch | None = None
         self.loss_pass: LossPass | None = None
+        self.stock.calculate_rewards = trainer._calculate_rewards
+        trainer._calculate_rewards = self.calculate_rewards
         trainer._generate_and_score_completions = self.generate_and_score
         trainer._get_per_token_logps_and_entropies = self.get_logps
         trainer._compute_loss = self.compute_loss
 
     def use_penalty(self, penalty) -> None:
+        self.check_reference()
         if penalty.full_vocabulary:
             self.scorer.need_hidden_states(with_gradient=penalty.in_loss)
         self.penalty = penalty
@@ -64,7 +69,7 @@ class RLOOSeam(Seam):
 
         On policy the loss's forward pass repeats the scoring pass. It has to be made anew after an update
         (`num_iterations`, `steps_per_generation`), under gradient checkpointing, which it would defeat, with a
-        load-balancing loss, and where a wrapper of the model sees to the gradients of several processes.
+        load-balancing loss, on several processes, and with a head that PEFT freezes while the adapter is off.
         """
         trainer, args = self.trainer, self.trainer.args
         self.one_forward = (
@@ -73,6 +78,7 @@ class RLOOSeam(Seam):
             and trainer.accelerator.num_processes == 1
             and not args.gradient_checkpointing
             and not trainer.aux_loss_enabled
+            and not self.scorer.head_of_peft
         )
         return self.one_forward
 
@@ -80,9 +86,13 @@ class RLOOSeam(Seam):
     def in_loss(self) -> bool:
         return self.penalty is not None and self.penalty.in_loss
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether TRL makes the penalty of its own log-probabilities, every number the same bit for bit."""
+        return self.penalty is None or (self.penalty.is_stock and not self.scorer.own_head)
+
     def generate_and_score(self, inputs):
-        beta, batch = self.beta, Batch()
-        self.batch, self.loss_pass = batch, None
+        beta, self.batch, self.loss_pass = self.beta, (batch := Batch()), None
         output = self.stock.generate_and_score(inputs)
         if len(batch.scored) != (expected := 1 if beta == 0 else 2):
             raise unknown_order(
@@ -90,11 +100,11 @@ class RLOOSeam(Seam):
             )
         batch.under_way, batch.scored, rollout = False, [], batch.rollout
         if not self.baseline:
-            output["advantages"] = self._rewards_without_baseline(output["advantages"])
+            output["advantages"] = without_baseline(self, output["advantages"])
         if batch.graph is not None:
             output["kl_row"] = torch.arange(len(output["old_logps"]), device=output["old_logps"].device)
         if rollout is not None:
-            if self.penalty is not None and not self.penalty.is_stock and beta != 0:
+            if not self.is_stock and beta != 0:
                 # TRL logged the penalty under `kl`, which means the mean log-ratio in nats per token.
                 self.metrics["kl"][-1] = self.mean_per_token(rollout.ref_log_ratio, rollout.completion_mask)
             if self.in_loss:
@@ -104,8 +114,14 @@ class RLOOSeam(Seam):
         self.tell(rollout)
         return output
 
+    def calculate_rewards(self, *args, **kwargs):
+        rewards = self.stock.calculate_rewards(*args, **kwargs)
+        if self.batch is not None:
+            self.batch.rewards = rewards
+        return rewards
+
     def get_logps(self, model, *asked, **kwargs):
-        """TRL's own, seen. In a generation batch the second one is the reference's, or stands in for it."""
+        """TRL's method, its results recorded. A generation batch's second call is the reference's, or replaces it."""
         if self.loss_pass is not None:
             self.loss_pass.scored = self._score_for_loss(model, *asked, **kwargs)
             return self.loss_pass.scored.results
@@ -116,30 +132,33 @@ class RLOOSeam(Seam):
             return self._score_reference(model, *asked, **kwargs)
         keep_graph = self.one_forward and self.trainer.model.training
         with torch.enable_grad() if keep_graph else nullcontext():
-            scored = self.scorer.score(model, *asked, **kwargs | ({"compute_entropy": True} if keep_graph else {}))
+            extra = {"compute_entropy": True} if keep_graph else {}  # for the loss; a reference's head has none
+            scored = self.scorer.score_checked(model, *asked, **kwargs | extra)
         if keep_graph:
-            batch.graph, scored = scored, replace(scored, logps=scored.logps.detach())
+            results = scored.results[0].detach(), *scored.results[1:]
+            batch.graph, scored = scored, replace(scored, logps=scored.logps.detach(), results=results)
         batch.scored.append(scored)
         if self.beta == 0 and self.scorer.at_beta_zero:
             self._make_rollout(self.scorer.score_reference(model, *asked, **kwargs), model, *asked, **kwargs)
         return scored.results
 
     def _score_reference(self, model, *asked, **kwargs):
-        scored = self.scorer.score(model, *asked, **kwargs)
-        batch, logps = self.batch, scored.logps
+        own = self.scorer.own_reference is not None
+        scored = (self.scorer.score_reference if own else self.scorer.score)(model, *asked, **kwargs)
+        batch, logps = self.batch, scored.results[0]
         batch.scored.append(scored)
         self._make_rollout(scored, model, *asked, **kwargs)
         rollout = batch.rollout
-        if self.penalty is None or self.penalty.is_stock:
+        if self.is_stock:
             batch.penalty = kl.reduce_per_sequence(rollout.ref_log_ratio, rollout.completion_mask, "sum")
         else:
             batch.penalty = self.penalty(rollout)
             if not self.penalty.in_reward:
                 batch.penalty = torch.zeros_like(batch.penalty)
             # Log-probabilities whose masked difference to the policy's is the penalty: all of it on one token.
-            logps = rollout.logps.clone()
+            logps = batch.scored[0].results[0].clone()
             logps[:, 0] -= batch.penalty
-        return logps, *scored.others
+        return logps, *scored.results[1:]
 
     def _make_rollout(self, reference: Scored, model, *asked, **kwargs) -> None:
         batch, base_logps = self.batch, self.scorer.base_logps(model, *asked, **kwargs)
@@ -155,7 +174,8 @@ class RLOOSeam(Seam):
             return self.scorer.score(model, *asked, **kwargs)
         kept, batch.graph = batch.graph, None
         states = None if kept.states is None else kept.states[rows]
-        return Scored(kept.logps[rows], (kept.others[0][rows], None), states, kept.head)
+        results = kept.results[0][rows], kept.results[1][rows], None
+        return Scored(kept.logps[rows] if self.scorer.own_head else results[0], results, states, kept.head)
 
     def compute_loss(self, model, inputs):
         self.loss_pass = loss_pass = LossPass(inputs.get("kl_row"))
@@ -163,7 +183,7 @@ class RLOOSeam(Seam):
         self.check_loss(loss)
         scored, self.loss_pass = loss_pass.scored, None
         if scored is not None:
-            self.log_rollout_kl(scored.logps, inputs)
+            self.log_rollout_kl(scored.results[0], inputs)
         if not self.in_loss or self.beta == 0:
             return loss
         if scored is None or "kl_ref_logps" not in inputs:
@@ -175,24 +195,6 @@ class RLOOSeam(Seam):
         logps = scored.logps, inputs["kl_ref_logps"]
         penalty = self.penalty(kl.Rollout(*logps, inputs["completion_ids"], mask, hidden, known))
         # Completions of an earlier policy (num_iterations > 1) are weighted to the present one, within the clip range.
-        ratio = ((scored.logps.detach() * mask).sum(1) - inputs["old_logps"]).exp()
+        ratio = ((scored.results[0].detach() * mask).sum(1) - inputs["old_logps"]).exp()
         weight = ratio.clamp(1 - self.trainer.epsilon_low, 1 + self.trainer.epsilon_high)
         return loss + self.beta * (weight * penalty).mean()
-
-    def _rewards_without_baseline(self, advantages: torch.Tensor) -> torch.Tensor:
-        """REINFORCE's weights, (B,): the rewards less the penalty, where RLOO takes the others' mean away."""
-        trainer = self.trainer
-        everywhere = len(advantages) * trainer.accelerator.num_processes
-        rewards = last_rewards(trainer)[-everywhere:]  # an evaluation's batch may be smaller than what is kept
-        if trainer.reward_clip_range:
-            rewards = rewards.clamp(*trainer.reward_clip_range)
-        start = trainer.accelerator.process_index * len(advantages)
-        rewards = rewards[start : start + len(advantages)].to(advantages)
-        if self.beta != 0:
-            rewards = rewards - self.beta * self.last_penalty
-        rewards = rewards.nan_to_num(nan=0.0)
-        logged = trainer._logs["advantages"]
-        for _ in range(everywhere):
-            logged.pop()
-        logged.extend(trainer.accelerator.gather(rewards).tolist())
-        return rewards

@@ -1,34 +1,26 @@
-"""What scores completions: policy, reference and base by TRL's own method, with the hidden states where asked."""
+"""Scores completions by policy, reference and base with TRL's own method, and keeps hidden states on request."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from trl.trainer.utils import (
-    add_fused_lm_head,
-    create_model_from_path,
-    disable_dropout_in_model,
-    get_config_model_id,
-    maybe_gather_lm_head_ctx,
-    use_adapter,
-)
+from trl.trainer.utils import use_adapter
 
 from .. import kl
+from .first_batch import say_what_differs
+from .heads import OwnHead, choose_head, linear_head
+from .reference import load_reference, why_off_is_not_the_base
 
 
 @dataclass(frozen=True)
 class Scored:
-    """TRL's log-probabilities (B, T), whatever else it returns, the (B, T, H) states behind them, and their head."""
+    """Log-probabilities (B, T), what TRL returned, the (B, T, H) states behind them, and their head."""
 
     logps: torch.Tensor
-    others: tuple
+    results: tuple
     states: torch.Tensor | None
-    head: kl.LMHead | None
-
-    @property
-    def results(self) -> tuple:
-        """As TRL's method returns them."""
-        return self.logps, *self.others
+    head: kl.LMHead | OwnHead | None
 
     def with_reference(self, states: torch.Tensor | None, head: kl.LMHead | None) -> kl.HiddenStates | None:
         """Both models' states, where they were kept."""
@@ -43,14 +35,29 @@ class Scorer:
         self.get_logps = trainer._get_per_token_logps_and_entropies
         self.at_beta_zero = False  # the reference too, though TRL asks for none
         self.with_base = False  # score with the adapter off too; the model has one
-        self._ref_model = None  # only where TRL itself made none
+        self.checked = False  # whether the first batch was held against what the model itself says
+        self.places = True  # give TRL's calls of the model the positions that `generate` counts, where it needs them
+        self.own_reference = None  # a model that is loaded here, where TRL made none or not the right one
+        self._head_of = choose_head(self._causal_lm(trainer.model), trainer.temperature)
         self._hooked: list[torch.nn.Module] = []  # backbones whose states are kept
         self._states: list[torch.Tensor] | None = None  # of the forward pass under way, where anyone needs them
+        if self.own_head:
+            self.need_hidden_states()
+
+    @property
+    def own_head(self) -> bool:
+        """Whether log-probabilities are computed here, since TRL's are not the model's."""
+        return self._head_of is not linear_head
 
     @property
     def has_free_reference(self) -> bool:
         """With LoRA the reference is the model itself, adapter off."""
         return isinstance(self.trainer.accelerator.unwrap_model(self.trainer.model), PeftModel)
+
+    @property
+    def head_of_peft(self) -> bool:
+        """Whether the LM head is in PEFT's `modules_to_save`."""
+        return hasattr(self._causal_lm(self.trainer.model).get_output_embeddings(), "modules_to_save")
 
     def need_hidden_states(self, with_gradient: bool = False) -> None:
         """From here on scores come with hidden states; `with_gradient`: of the policy's head too, where it trains."""
@@ -60,40 +67,80 @@ class Scorer:
                 "DeepSpeed ZeRO-3 shards the LM head, whose gradient a full-vocabulary penalty in the loss needs: put "
                 "it into the reward, or use LoRA, ZeRO-2 or FSDP2"
             )
-        for model in filter(None, (self.trainer.model, self.trainer.ref_model, self._ref_model)):
-            backbone = self._causal_lm(model).base_model
-            self._head(model)  # refuses a head that it cannot read now, not in the first batch
-            if backbone not in self._hooked:
-                self._hooked.append(backbone)
-                backbone.register_forward_hook(self._keep_states)
+        models = (self.trainer.model, self.trainer.ref_model, self.own_reference)
+        for causal_lm in [self._causal_lm(model) for model in models if model is not None]:
+            self._head_of(
+                causal_lm, self.trainer.temperature
+            )  # refuses what it cannot read now, not in the first batch
+            if causal_lm.base_model not in self._hooked:
+                self._hooked.append(causal_lm.base_model)
+                causal_lm.base_model.register_forward_hook(torch.compiler.disable(self._keep_states))
 
     def need_reference_at_beta_zero(self) -> None:
         """Score with the reference even when `beta` is 0: free of memory with LoRA, else a second model is loaded."""
-        trainer = self.trainer
         self.at_beta_zero = True
-        if trainer.beta == 0 and trainer.ref_model is None and not self.has_free_reference:
-            model = trainer.model
-            kwargs = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
-            self._ref_model = create_model_from_path(
-                get_config_model_id(model.config), **(trainer.args.model_init_kwargs or {}) | kwargs
-            )
-            disable_dropout_in_model(self._ref_model)
-            add_fused_lm_head(self._ref_model, temperature=trainer.temperature)
-            self._ref_model = trainer.accelerator.prepare_model(self._ref_model, evaluation_mode=True)
-            if self._hooked:
-                self.need_hidden_states()
+        if self.trainer.beta == 0 and self.trainer.ref_model is None and not self.has_free_reference:
+            self.load_reference()
+
+    def load_reference(self) -> None:
+        """A second model, from the path of the first: the reference from here on."""
+        self.own_reference = load_reference(self.trainer, self._causal_lm(self.trainer.model))
+        if self._hooked:
+            self.need_hidden_states()
+
+    def check_reference(self) -> None:
+        """`ValueError` where the reference is the model with its adapter off, and that is not the base."""
+        if self.own_reference is None and self.trainer.ref_model is None and self.has_free_reference:
+            if reason := why_off_is_not_the_base(self.trainer.accelerator.unwrap_model(self.trainer.model)):
+                raise ValueError(
+                    f"with its adapter off this model is not its base: {reason}. Call "
+                    "kl_alliteration.references.use_loaded_reference(trainer) first (in a recipe --kl_reference "
+                    "loaded), which loads the base a second time"
+                )
 
     def score(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs) -> Scored:
         self._states = [] if self._hooked else None
-        logps, *others = self.get_logps(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        results = self.get_logps(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         kept, self._states = self._states, None
         if kept is None:
-            return Scored(logps, tuple(others), None, None)
+            return Scored(results[0], results, None, None)
         states = torch.cat([s[:, -logits_to_keep - 1 : -1] for s in kept])
-        return Scored(logps, tuple(others), states, self._head(model))
+        head, logps = self._head_of(self._causal_lm(model), self.trainer.temperature), results[0]
+        if self.own_head:
+            ids, mask = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:]
+            logps = kl.from_hidden_states(sampled_logps, states, states.detach(), head, head, ids, mask)
+        return Scored(logps, results, states, head)
+
+    def score_checked(self, model, *asked, **kwargs) -> Scored:
+        """The policy's score. The first one is held against what the model itself says: of text, not of images."""
+        scored = self.score(model, *asked, **kwargs)
+        if self.checked or any(value is not None for name, value in kwargs.items() if "compute" not in name):
+            return scored
+        self.checked, temperature = True, self.trainer.temperature
+        if say_what_differs(self, model, scored.logps, *asked[:2], temperature):
+            return scored
+        for each in (self.trainer.model, self.trainer.ref_model, self.own_reference):
+            if each is not None:
+                self._causal_lm(each).register_forward_pre_hook(self._place, with_kwargs=True)
+        return self.score(model, *asked, **kwargs)
+
+    @contextmanager
+    def placed(self):
+        """With the positions that `generate` counts, whatever TRL does otherwise."""
+        before, self.places = self.places, True
+        try:
+            yield
+        finally:
+            self.places = before
+
+    def _place(self, module, args, kwargs):
+        mask = kwargs.get("attention_mask")
+        if self.places and mask is not None and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = kl.positions_of(mask)
+        return args, kwargs
 
     def score_reference(self, model, *asked, **kwargs) -> Scored:
-        ref_model = self.trainer.ref_model if self._ref_model is None else self._ref_model
+        ref_model = self.trainer.ref_model if self.own_reference is None else self.own_reference
         if ref_model is not None:
             return self.score(ref_model, *asked, **kwargs)
         unwrapped = self.trainer.accelerator.unwrap_model(model)
@@ -108,17 +155,11 @@ class Scorer:
             return self.get_logps(model, *asked, **kwargs)[0]
 
     def rollout(self, policy: Scored, reference: Scored, input_ids, attention_mask, base_logps=None) -> kl.Rollout:
-        """What both say of the last T tokens."""
+        """Both models' scores of the last T tokens."""
         length = policy.logps.shape[1]
         hidden = policy.with_reference(reference.states, reference.head)
         ids, mask = input_ids[:, -length:], attention_mask[:, -length:]
         return kl.Rollout(policy.logps, reference.logps, ids, mask, hidden, base_logps=base_logps)
-
-    def _head(self, model) -> kl.LMHead:
-        """Of a head that ZeRO-3 shards a whole copy, without a gradient."""
-        causal_lm = self._causal_lm(model)
-        with maybe_gather_lm_head_ctx(*causal_lm.get_output_embeddings().parameters()):
-            return kl.LMHead.of(causal_lm, self.trainer.temperature)
 
     def _causal_lm(self, model):
         model = self.trainer.accelerator.unwrap_model(model)
@@ -127,3 +168,8 @@ class Scorer:
     def _keep_states(self, module, args, output):
         if self._states is not None:
             self._states.append(output.last_hidden_state)
+
+
+def sampled_logps(log_p: torch.Tensor, log_q: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """(N, V), (N, V), (N,) -> (N,), for `kl.from_hidden_states`."""
+    return log_p.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)

@@ -1,4 +1,4 @@
-"""What both seams are: the stock trainer's methods, who watches, the metrics, and the last generation batch."""
+"""What the RLOO and the GRPO seam share: the trainer's own methods, observers, metrics, the last generation batch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +8,14 @@ import torch
 import trl
 
 from .. import kl
+from .baseline import weighted
 from .scoring import Scorer
 
 READ_FROM = "1.16.0"
 METHODS = (
     "_generate_and_score_completions",
     "_get_per_token_logps_and_entropies",
+    "_calculate_rewards",
     "_compute_loss",
     "_load_from_checkpoint",
 )
@@ -25,7 +27,7 @@ class UnknownTRLError(RuntimeError):
 
 
 def unknown_order(what: str) -> UnknownTRLError:
-    """For a trainer that has the names and does something else."""
+    """The error for a trainer that has the private names but calls them in another order."""
     return UnknownTRLError(f"trl {trl.__version__} {what}: kl_alliteration was written against trl {READ_FROM}")
 
 
@@ -41,7 +43,7 @@ def check_trainer(trainer) -> None:
 
 
 class Seam:
-    """Wraps bound methods of one stock trainer. Callbacks know the trainer's inside only through this."""
+    """Wraps bound methods of one stock trainer. Callbacks reach the trainer's private parts only through it."""
 
     def __init__(self, trainer):
         check_trainer(trainer)
@@ -60,6 +62,14 @@ class Seam:
 
     def use_penalty(self, penalty) -> None:
         raise NotImplementedError
+
+    def use_loaded_reference(self) -> None:
+        self.scorer.load_reference()
+
+    def check_reference(self) -> None:
+        """`ValueError` where there is a reference and it is not what it seems."""
+        if self.beta != 0 or self.scorer.at_beta_zero:
+            self.scorer.check_reference()
 
     @property
     def last_penalty(self) -> torch.Tensor | None:
@@ -81,7 +91,7 @@ class Seam:
         self.beta *= factor
 
     def load_from_checkpoint(self, checkpoint, *args, **kwargs):
-        """transformers before 5.23 leaves the adapter that trains as it is where another, `ref`, is saved below it."""
+        """Loads the trained adapter too: transformers before 5.23 skips it if `ref` is saved beside it."""
         self.stock.load_from_checkpoint(checkpoint, *args, **kwargs)
         if self.scorer.has_free_reference and Path(checkpoint, "adapter_model.safetensors").is_file():
             self.trainer.accelerator.unwrap_model(self.trainer.model).load_adapter(
@@ -136,13 +146,8 @@ def forget_batches(trainer) -> None:
 
 
 def last_rewards(trainer) -> torch.Tensor:
-    """Weighted rewards of the last generation batch, over all processes, without the penalty: (B of all,).
-
-    NaN where no function applied.
-    """
-    rewards = torch.tensor(list(trainer._logs["rewards"].values()))  # (functions, B of all)
-    weighted = (rewards * trainer.reward_weights.cpu().unsqueeze(1)).nansum(0)
-    return weighted.masked_fill(rewards.isnan().all(0), torch.nan)
+    """Of the last generation batch, over all processes, without the penalty: (B of all,), as [`weighted`]."""
+    return weighted(trainer, torch.tensor(list(trainer._logs["rewards"].values())).T)
 
 
 def last_reward_std(trainer, completions: int | None = None) -> float:

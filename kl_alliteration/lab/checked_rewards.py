@@ -5,17 +5,20 @@ import inspect
 import math
 import os
 import sys
-import threading
 import traceback
-from concurrent.futures import Future
+from pathlib import Path
 
+from . import watchdog
 from .survival import TrainingStopped
+from .watchdog import TimeIsUp, limited
 
 
 class CheckedReward:
     """A reward function that stops the run when it raises, hangs, returns the wrong number of rewards, or no number.
 
-    `None` stays allowed: in TRL it means that the reward does not apply to a completion.
+    It runs where it is called, on the main thread, so that it may use signals and event loops. What it may take is
+    kept by [`~lab.watchdog.limited`]. `None` stays allowed: in TRL it means that the reward does not apply to a
+    completion.
     """
 
     def __init__(self, function, path: str, timeout: float):
@@ -39,26 +42,18 @@ class CheckedReward:
         return rewards
 
     def answer(self, **kwargs):
-        """In a thread of its own: a function that hangs cannot be stopped, but it can be left behind."""
-        answer = Future()
-
-        def call():
-            try:
-                answer.set_result(self.function(**kwargs))
-            except BaseException as error:
-                answer.set_exception(error)
-
-        threading.Thread(target=call, daemon=True).start()
+        limit = f"{self.timeout:g} s" if self.timeout else "any time"
+        late = f"reward_funcs: {self.path} has not answered for {limit} (reward_timeout)"
         try:
-            return answer.result(self.timeout)
-        except Exception as error:
-            if not answer.done():
-                raise TrainingStopped(
-                    f"reward_funcs: {self.path} has not answered for {self.timeout:g} s (reward_timeout)"
-                ) from None
+            return limited(self.function, self.timeout, late, **kwargs)
+        except TimeIsUp:
+            raise TrainingStopped(late) from None
+        except (Exception, SystemExit) as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
+            called = Path(frame.filename) != Path(watchdog.__file__)  # else it does not take what TRL hands over
+            where = f" ({frame.filename}:{frame.lineno})" if called else ""
             raise TrainingStopped(
-                f"reward_funcs: {self.path} raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+                f"reward_funcs: {self.path} raised {type(error).__name__}: {error}{where}"
             ) from error
 
 
@@ -82,6 +77,8 @@ def load_rewards(paths: list[str], model: str | None = None, timeout: float | No
             function = getattr(importlib.import_module(module_name), name)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"reward_funcs: cannot import {path!r}: {error}") from None
+        except (Exception, SystemExit) as error:  # of the user's file
+            raise ValueError(f"reward_funcs: cannot import {path!r}: {type(error).__name__}: {error}") from error
         if not callable(function):
             raise ValueError(f"reward_funcs: {path!r} is a {type(function).__name__}, not a function")
         is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__)
@@ -90,14 +87,16 @@ def load_rewards(paths: list[str], model: str | None = None, timeout: float | No
 
 
 def sum_rewards(functions: list, weights: list[float] | None = None):
-    """One TRL-shaped function: the weighted sum of several, a reward that does not apply counting 0."""
+    """One TRL-shaped function: the weighted sum of several; `None` where none of them applies."""
     weights = [1.0] * len(functions) if weights is None else weights
 
-    def reward(prompts, completions) -> list[float]:
-        columns = [function(prompts=prompts, completions=completions) for function in functions]
+    def reward(prompts, completions, **columns) -> list[float | None]:
+        found = [function(prompts=prompts, completions=completions, **columns) for function in functions]
         return [
-            sum(w * (values[i] or 0.0) for values, w in zip(columns, weights, strict=True))
-            for i in range(len(completions))
+            sum(w * value for w, value in zip(weights, row, strict=True) if value is not None)
+            if any(value is not None for value in row)
+            else None
+            for row in zip(*found, strict=True)
         ]
 
     return reward

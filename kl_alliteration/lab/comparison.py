@@ -1,6 +1,5 @@
 """Runs of several algorithms in one picture: reward against the exact KL to their common base, stories at equal KL."""
 
-import html
 import json
 import math
 import statistics
@@ -8,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .figures import plot_frontier
-from .report import marked, spread
+from .pages import fill_template
+from .report import spread
 from .runs import read_metrics, read_summary
 
 NAME = "judged.json"
@@ -17,7 +17,7 @@ STORIES = 2  # of each algorithm on the page
 
 @dataclass(frozen=True)
 class JudgedRun:
-    """A finished run of one algorithm at one beta, and what `training.judge_run` found, with a few texts."""
+    """A finished run of one algorithm at one beta, and what `judge_run` of `lab/run` found, with a few texts."""
 
     algorithm: str
     beta: float
@@ -41,7 +41,7 @@ class JudgedRun:
 
 
 def judged(algorithm: str, beta: float, folder: Path, stories: int, judge_run) -> JudgedRun:
-    """A run with its judgement: from its folder, if it was judged since it ended and by as many stories; else anew."""
+    """A run with its judgement: its folder's if that is newer than the run and of as many stories, else a new one."""
     try:
         found = json.loads((folder / NAME).read_text(encoding="utf-8"))
         numbers, texts = found["numbers"], found["texts"]
@@ -91,20 +91,22 @@ def plot_algorithms(runs: list[JudgedRun], frontier: list[dict], path: Path) -> 
     plot_frontier(frontier, drawn, path)
 
 
-def table(runs: list[JudgedRun], base_reward: float) -> list[str]:
-    columns = ["beta", "seeds", "exact KL per sequence", "reward", "times the base", "different", "distinct pairs"]
-    columns += ["largest KL to the sampling policy", "seconds"]
-    lines = [f"| algorithm | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+COLUMNS = ["algorithm", "beta", "seeds", "exact KL per sequence", "reward", "times the base", "different"]
+COLUMNS += ["distinct pairs", "largest KL to the sampling policy", "seconds"]
+
+
+def table(runs: list[JudgedRun], base_reward: float) -> list[list[str]]:
+    """A row an algorithm and beta, its cells those of `COLUMNS`."""
+    rows = []
     for name, betas in grouped(runs).items():
         for beta, seeds in betas.items():
             rewards = [r.reward for r in seeds]
-            cells = [f"{beta:g}", str(len(seeds)), spread([r.kl for r in seeds]), spread(rewards)]
+            cells = [name, f"{beta:g}", str(len(seeds)), spread([r.kl for r in seeds]), spread(rewards)]
             cells.append(spread([reward / base_reward for reward in rewards]))
             cells += [spread([r.numbers[column] for r in seeds]) for column in ("different_share", "distinct_2")]
             cells.append(spread([kl for r in seeds if (kl := r.rollout_kl) is not None]))
-            cells.append(spread([read_summary(r.folder)["seconds"] for r in seeds]))
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+            rows.append([*cells, spread([read_summary(r.folder)["seconds"] for r in seeds])])
+    return rows
 
 
 def write_page(runs: list[JudgedRun], frontier: list[dict], folder: Path) -> Path:
@@ -117,24 +119,11 @@ def write_page(runs: list[JudgedRun], frontier: list[dict], folder: Path) -> Pat
     facts = [{"algorithm": r.algorithm, "beta": r.beta, "run": r.folder.name, **r.numbers} for r in runs]
     (folder / "algorithms.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     base = frontier[0]["reward"]
-    lines = ["# The KL across algorithms", ""]
-    lines.append(
-        f"{runs[0].numbers['stories']} fresh stories of each trained model; means over seeds (smallest to largest). "
-        f"KL in nats to the common base, whose reward is {base:.2f}; whole vocabulary, at the states that are visited."
+    return fill_template(
+        folder / "algorithms.md",
+        stories=runs[0].numbers["stories"],
+        base=base,
+        head=COLUMNS,
+        rows=table(runs, base),
+        equal=equal_kl(runs),
     )
-    lines += [
-        "",
-        *table(runs, base),
-        "",
-        "![reward over exact KL](algorithms.png)",
-        "",
-        "## Two stories of each at equal KL",
-    ]
-    for name, run in equal_kl(runs).items():
-        lines.append(f"\n### {name}: {run.kl:.1f} nats, reward {run.reward:.1f} ({run.folder.name})")
-        for text in run.texts:
-            told = marked(text, lambda w: f"**{html.escape(w, False)}**", lambda w: html.escape(w, False))
-            lines.append(f"\n> {told}")
-    path = folder / "algorithms.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path

@@ -1,16 +1,14 @@
-"""Figures of a run."""
+"""Figures of a run. Without pyplot: nothing here touches the user's backend or open figures."""
 
 import textwrap
 from itertools import cycle
 from pathlib import Path
+from statistics import fmean
 
-import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.patheffects import withStroke  # noqa: E402
-
-from .runs import read_metrics  # noqa: E402
+from .runs import read_metrics
 
 # Okabe-Ito, told apart by readers with any colour vision.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -38,7 +36,8 @@ def plot_curves(log_history: list[dict], path: str | Path, title: str = "", base
         log_history (`list[dict]`): The lines of `metrics.jsonl`; an entry without a quantity is left out of its panel.
         base_reward (`float`, *optional*): Drawn as a dashed line.
     """
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, layout="constrained")
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
     ranked = any("pairs" in entry for entry in log_history)
     unit, panels = ("pairs", PREFERENCE_PANELS) if ranked else ("generations", PANELS)
     for axis, (name, label, color) in zip(axes.flat, panels, strict=True):
@@ -53,12 +52,12 @@ def plot_curves(log_history: list[dict], path: str | Path, title: str = "", base
         axis.set_ylim(bottom=min(0, *(y for _, y in points)) if points else 0)
     if base_reward is not None and not ranked:
         axes[0, 0].axhline(base_reward, color="0.4", linestyle="--", linewidth=1)
+        axes[0, 0].set_ylim(top=max(axes[0, 0].get_ylim()[1], 1.05 * base_reward))  # or its name falls off the figure
         axes[0, 0].annotate("before", (1, base_reward), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     for axis in axes[1]:
         axis.set_xlabel(unit)
     figure.suptitle(textwrap.fill(title, 80), fontsize=13)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def read_run(folder: str | Path) -> dict:
@@ -84,7 +83,8 @@ def plot_frontier(frontier: list[dict], runs: list[dict], path: str | Path) -> N
 
     A run may have a `color`, `labels` of its points, and `dots`, more points around its line.
     """
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
     if frontier:
         kl = [point["kl_per_sequence"] for point in frontier]
         axis.fill_between(kl, [p["low"] for p in frontier], [p["high"] for p in frontier], color="0.8", linewidth=0)
@@ -111,7 +111,6 @@ def plot_frontier(frontier: list[dict], runs: list[dict], path: str | Path) -> N
     axis.grid(alpha=0.25)
     axis.set_ylim(bottom=0)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def plot_groups(groups: dict[str, list[Path]], name: str, label: str, path: str | Path) -> bool:
@@ -141,7 +140,8 @@ def plot_lines(
     `mark` is a place on the horizontal axis with its name. `False`, and no file, where all lines are empty.
     """
     height = 5 if len(panels) == 1 else 3.2 * len(panels)
-    figure, axes = plt.subplots(len(panels), 1, figsize=(9, height), sharex=True, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
     drawn = False
     for axis, (label, groups) in zip(axes[:, 0], panels.items(), strict=True):
         ends = []
@@ -149,7 +149,7 @@ def plot_lines(
             for points in filter(None, lines):
                 axis.plot(*zip(*points, strict=True), color=color, linewidth=1.4, alpha=0.8)
             if last := [points[-1] for points in lines if points]:
-                ends.append((sum(y for _, y in last) / len(last), max(x for x, _ in last), group, color))
+                ends.append((fmean(y for _, y in last), max(x for x, _ in last), group, color))
         if mark is not None:
             axis.axvline(mark[0], color="0.4", linestyle="--", linewidth=1)
         if ends:
@@ -164,7 +164,6 @@ def plot_lines(
     axes[-1, 0].set_xlabel("generations", fontsize=12)
     if drawn:
         figure.savefig(path, dpi=120)
-    plt.close(figure)
     return drawn
 
 
@@ -194,7 +193,8 @@ def plot_runs(groups: dict[str, list[Path]], path: str | Path, target_kl_per_tok
     KL and reward are running means over a tenth of the run, 20 logs at most. `target_kl_per_token` is drawn with the
     20 % on both sides of it.
     """
-    figure, axes = plt.subplots(3, 1, figsize=(9, 9), sharex=True, layout="constrained")
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True)
     panels = (("kl", "KL to the reference (nats per token)"), ("beta", "beta (reward per nat)"))
     panels += (("reward", "reward"),)
     for axis, (name, label) in zip(axes, panels, strict=True):
@@ -205,12 +205,12 @@ def plot_runs(groups: dict[str, list[Path]], path: str | Path, target_kl_per_tok
                 log = [e for e in read_metrics(folder) if e.get(name) is not None and "generations" in e]
                 window = 1 if name == "beta" else min(20, max(1, len(log) // 10))
                 values = [e.get("kl/exact_per_token", e["kl"]) if name == "kl" else e[name] for e in log]
-                sums = [sum(values[i : i + window]) / window for i in range(len(values) - window + 1)]
+                means = [fmean(values[i : i + window]) for i in range(len(values) - window + 1)]
                 places = [e["generations"] for e in log[window - 1 :]]
-                axis.plot(places, sums, color=color, linewidth=1.4, alpha=0.85)
-                last += list(zip(places, sums, strict=True))[-1:]
+                axis.plot(places, means, color=color, linewidth=1.4, alpha=0.85)
+                last += list(zip(places, means, strict=True))[-1:]
             if last:
-                ends.append((sum(y for _, y in last) / len(last), max(x for x, _ in last), group, color))
+                ends.append((fmean(y for _, y in last), max(x for x, _ in last), group, color))
         axis.set_title(label, loc="left", fontsize=12)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
@@ -226,4 +226,3 @@ def plot_runs(groups: dict[str, list[Path]], path: str | Path, target_kl_per_tok
         axes[0].axhline(target_kl_per_token, color="0.4", linestyle="--", linewidth=1)
     axes[-1].set_xlabel("generations")
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -1,6 +1,5 @@
 """A trained model on the Hub: checked before training, pushed with what a stranger needs, loaded back."""
 
-import html
 import os
 import shlex
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ..adapters import EMBEDDED, check_agreement, load_adapter, probe
 from ..evaluation import Judgement
+from .pages import TEMPLATES, escaped, quoted
 
 # Checkpoints have their own places on the Hub (hub_strategy), and nobody should have to unpickle options.
 LEFT_OUT = ["_*", "checkpoint-*", "training_args.bin"]
@@ -67,57 +67,34 @@ def write_card(folder: Path, trainer, penalty: str, rewards: list[str], before: 
     if base == EMBEDDED:
         base = "the story model inside kl_alliteration"
     elif not on_hub:
-        base = Path(base).name
+        base = escaped(Path(base).name)
     if not adapter:
         loader = "transformers", "AutoModelForCausalLM.from_pretrained"
     elif on_hub:
         loader = "peft", "AutoPeftModelForCausalLM.from_pretrained"
     else:
         loader = "kl_alliteration.adapters", "load_adapter"
-    load = f'from {loader[0]} import {loader[1].split(".")[0]}\n\nmodel = {loader[1]}("{repo_id}")'
     names = ("reward_mean", "kl_per_token", "kl_per_sequence", "different_share", "distinct_2", "entropy_per_token")
     rows = [(n, getattr(before, n), getattr(after, n)) for n in names]
-    table = "\n".join(
-        f"| {name} | {' | '.join('-' if v is None else f'{v:.3f}' for v in values)} |" for name, *values in rows
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATES / "card.md"),
+        name=repo_id.split("/")[-1],
+        what="A LoRA adapter for" if adapter else "Fine-tuned from",
+        base=base,
+        trained_with=trained_with,
+        rewards=", ".join(f"`{name}`" for name in rewards),
+        penalty=penalty,
+        stories_judged=after.stories,
+        rows=[(name, *("-" if v is None else f"{v:.3f}" for v in values)) for name, *values in rows],
+        loader=loader,
+        repo_id=repo_id,
+        stories={
+            "Before": [quoted(text) for text in before.texts[:3]],
+            "After": [quoted(text) for text in after.texts[:3]],
+        },
     )
-    stories = "\n".join(
-        f"### {heading}\n\n"
-        + "\n".join(f"> {html.escape(' '.join(text.split()), quote=False)}\n" for text in judgement.texts[:3])
-        for heading, judgement in (("Before", before), ("After", after))
-    )
-    content = f"""---
-{data.to_yaml()}
----
-
-# {repo_id.split("/")[-1]}
-
-{"A LoRA adapter for" if adapter else "Fine-tuned from"} {base}, trained with TRL's `{trained_with}` and
-`kl_alliteration`.
-
-- Reward: {", ".join(f"`{name}`" for name in rewards)}
-- Penalty: {penalty}
-
-| {after.stories} fresh stories, KL in nats | before | after |
-|---|---|---|
-{table}
-
-![reward, KL and diversity over training](curves.png)
-
-## How to load it
-
-```python
-{load}
-```
-
-`python recipes/tell_stories.py --model_name_or_path {repo_id}` writes stories, adapter on and off side by side.
-`recipe.yaml` holds the run's options and its command, `metrics.jsonl` and `summary.json` the numbers, `stories.md`
-more stories.
-
-## Stories
-
-{stories}
-"""
-    ModelCard(content).save(Path(folder, "README.md"))
+    card.save(Path(folder, "README.md"))
 
 
 def push(trainer, folder: Path) -> bool:

@@ -1,18 +1,24 @@
 """What a recipe trains on, from its options: tokenizer, policy, prompts, pairs."""
 
+import json
+import statistics
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
-from datasets import Dataset, load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import get_peft_config, get_quantization_config
+from trl.data_utils import is_conversational
 
 from ..adapters import load_adapter, merge
 from ..sampling import use_fast_generate
+from ..text import as_text
 from .checked_rewards import ranking_reward
+from .datafiles import read_dataset
 from .options import PairArguments, StoryArguments
 from .pairs import FILE as PAIRS
-from .pairs import read_pairs, sample_pairs, write_pairs
+from .pairs import SIDES, prompts_of, read_pairs, sample_pairs, tokenize_rows, write_pairs
 
 # TinyStories-33M was trained with this tokenizer and ships none (its model card says so).
 TOKENIZER_OF = {"roneneldan/TinyStories-33M": "EleutherAI/gpt-neo-125M"}
@@ -31,7 +37,7 @@ def load_tokenizer(args: StoryArguments, model_args, training_args):
 
 
 def load_policy(args: StoryArguments, training_args, model_args) -> dict:
-    """What a trainer takes as the model: by name, an adapter to go on with, or one merged below a new one."""
+    """The trainer's model: a name, an adapter to train further, or an adapter merged below a new one."""
     model_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -62,28 +68,117 @@ def load_prompts(args: StoryArguments, prompts_per_batch: int) -> Dataset:
     if args.dataset_name is None:
         if not args.prompt.strip():
             raise ValueError("prompt must not be empty; leave the option out for 'Once upon a time'")
+        if not is_unicode(args.prompt):
+            raise ValueError("prompt is no Unicode text: it was typed or pasted in another encoding")
         return Dataset.from_dict({"prompt": [args.prompt] * max(1_000, prompts_per_batch)})
-    name = args.dataset_name
-    if name.endswith((".json", ".jsonl")):
-        if not Path(name).is_file():
-            raise ValueError(f"dataset_name: there is no file {name!r}")
-        dataset = load_dataset("json", data_files=name, split="train")
-    else:
-        dataset = load_dataset(name, name=args.dataset_config, split=args.dataset_train_split)
-    if "prompt" not in dataset.column_names:
-        raise ValueError(f"dataset_name: {name!r} has no column `prompt`, only {', '.join(dataset.column_names)}")
-    if len(dataset) == 0 or any(not prompt for prompt in dataset["prompt"]):
-        raise ValueError(f"dataset_name: {name!r} holds an empty prompt; every row needs some text to go on from")
+    dataset = read_dataset(args)
+    check_prompts(dataset, args.dataset_name)
     repeats = -(-prompts_per_batch // len(dataset))
     return dataset.select(list(range(len(dataset))) * repeats)
+
+
+def check_prompts(dataset: Dataset, name: str) -> None:
+    """`ValueError` that names the first row whose prompt is none, counted from 1."""
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"dataset_name: {name!r} has no column `prompt`, only {', '.join(dataset.column_names)}")
+    if len(dataset) == 0:
+        raise ValueError(f"dataset_name: {name!r} has no rows")
+    first = None
+    for row, prompt in enumerate(dataset["prompt"], start=1):
+        first = prompt if first is None else first
+        where = f"dataset_name: {name!r}, row {row}: the prompt"
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            raise ValueError(f"dataset_name: {name!r} holds an empty prompt, row {row}: every row needs some text")
+        if not isinstance(prompt, (str, list)):
+            raise ValueError(
+                f"{where} is a {type(prompt).__name__}, {prompt!r}; it must be text or a list of messages"
+            )
+        if isinstance(prompt, list) and not is_conversational({"prompt": prompt}):
+            raise ValueError(f"{where} is a list, but not one of messages with `role` and `content`")
+        if type(prompt) is not type(first):
+            raise ValueError(f"{where} is a {type(prompt).__name__} where row 1 has a {type(first).__name__}")
+
+
+def is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def share_template_options(dataset: Dataset, training_args) -> None:
+    """A data set's column `chat_template_kwargs`, which TRL's preference trainers take, as an online one's option.
+
+    Raises:
+        `ValueError`: where rows differ.
+    """
+    if "chat_template_kwargs" not in dataset.column_names:
+        return
+    values = {json.dumps(value, sort_keys=True): value for value in dataset["chat_template_kwargs"]}
+    if len(values) > 1:
+        raise ValueError(
+            f"dataset_name: the rows of `chat_template_kwargs` differ ({', '.join(list(values)[:2])}, ...), and an "
+            "online trainer of TRL's takes one value for all: make two runs, or set --chat_template_kwargs"
+        )
+    (value,) = values.values()
+    training_args.chat_template_kwargs = (value or {}) | (training_args.chat_template_kwargs or {})
+
+
+def check_lengths(rows: list[dict], tokenize, tokenizer, model_args, training_args, completion_length: int) -> None:
+    """What the model's configuration says before its weights are loaded: room enough, and an embedding a token.
+
+    Args:
+        rows (`list[dict]`): Rows of the data set.
+        tokenize (callable): `(rows) -> list[list[int]]`, as the trainer will do it.
+
+    Raises:
+        `ValueError`: for a prompt that leaves no room for the completion, or a tokenizer with more ids than the model.
+    """
+    config = AutoConfig.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    ).get_text_config()
+    room, embeddings = getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
+    highest = max(tokenizer.get_vocab().values())
+    if embeddings and highest >= embeddings:
+        raise ValueError(
+            f"tokenizer_name_or_path: the tokenizer has the id {highest} "
+            f"({tokenizer.convert_ids_to_tokens(highest)!r}), and {model_args.model_name_or_path} has {embeddings} "
+            "embeddings: it is another model's, or one to which tokens were added without resizing the model"
+        )
+    if not isinstance(room, int) or room <= 0:
+        return
+    size = {}  # of one of each prompt; the longest texts have the most tokens, or nearly
+    for row, prompt in enumerate(rows, start=1):
+        size.setdefault(as_text(prompt["prompt"]), row)
+    longest = sorted(size, key=len, reverse=True)[:50]
+    try:
+        tokens = tokenize([rows[size[text] - 1] for text in longest])
+    except Exception as error:  # of a template, which is a program of its own
+        raise ValueError(f"dataset_name: the chat template does not take the prompts: {error}") from error
+    for text, ids in zip(longest, tokens, strict=True):
+        if len(ids) + completion_length > room:
+            raise ValueError(
+                f"the prompt of row {size[text]} has {len(ids)} tokens, and with --max_completion_length "
+                f"{completion_length} it is longer than the {room} positions of {model_args.model_name_or_path}: "
+                f"{text[:40]!r}..."
+            )
 
 
 def load_pairs(args: PairArguments, training_args, model_args, tokenizer) -> Dataset:
     """DPO's pairs: of `--pairs_from`, or of the run that is resumed, or sampled from the base and written."""
     here, reward = Path(training_args.output_dir, PAIRS), ranking_reward(args.reward_funcs, args.reward_timeout)
+    tokenize = partial(tokenize_rows, tokenizer)
+
+    def check(rows: list[dict]) -> None:
+        check_lengths(rows, tokenize, tokenizer, model_args, training_args, args.max_completion_length)
+
     if args.pairs_from is None and not (training_args.resume_from_checkpoint and here.is_file()):
         state, groups = PartialState(), -(-args.pairs // args.pairs_per_group)
-        prompts = load_prompts(args, groups).shuffle(seed=training_args.seed)[:groups]["prompt"]
+        rows = load_prompts(args, groups).shuffle(seed=training_args.seed).select(range(groups))
+        check(rows.to_list())
         kwargs = load_policy(args, training_args, model_args)
         model = AutoModelForCausalLM.from_pretrained(
             kwargs["model"],
@@ -98,19 +193,22 @@ def load_pairs(args: PairArguments, training_args, model_args, tokenizer) -> Dat
         pairs = sample_pairs(
             model,
             tokenizer,
-            prompts,
+            rows["prompt"],
             reward,
             args.group_size,
             args.pairs_per_group,
             args.max_completion_length,
             args.temperature,
             seed=training_args.seed,
+            columns={name: rows[name] for name in rows.column_names if name not in ("prompt", *SIDES)},
         )
         if not pairs:
             raise ValueError("reward_funcs: all completions of a group have the same reward: there is nothing to rank")
         if state.is_main_process:
             write_pairs(pairs, training_args.output_dir)
-            means = [sum(pair[f"{side}_reward"] for pair in pairs) / len(pairs) for side in ("chosen", "rejected")]
+            means = [statistics.fmean(pair[f"{side}_reward"] for pair in pairs) for side in ("chosen", "rejected")]
             print(f"{len(pairs)} pairs: {means[0]:.1f} against {means[1]:.1f} on average, in {here}")
         state.wait_for_everyone()
-    return read_pairs(args.pairs_from or here)
+    pairs = read_pairs(args.pairs_from or here)
+    check(prompts_of(pairs))
+    return pairs

@@ -1,4 +1,4 @@
-"""What the recipes share: their options, each checked before a model is loaded."""
+"""The options of the recipes, each checked before a model is loaded."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ from ..guard import CollapseGuardCallback
 from ..penalty import KLPenalty
 from ..story_lm import PROMPT
 from .hub import check_hub
+from .refusals import check_sampling, check_trainer_options
 
 ALLITERATION = "kl_alliteration.rewards.alliteration_reward"
 BETA_UNITS = ("sequence", "study")
@@ -25,12 +26,12 @@ CONTROLLERS = {
 BASELINES = ("leave_one_out", "none")
 GUARDS = ("off", *CollapseGuardCallback.ACTIONS)
 LATEST = "latest"  # of --resume_from_checkpoint
-REFERENCES = ("start", "base", "moving_average", "reset")
+REFERENCES = ("start", "base", "loaded", "moving_average", "reset")
 
 
 @dataclass
 class StoryArguments(ScriptArguments):
-    """Prompts, rewards and judging, of every recipe that trains; `dataset_name` and its companions are TRL's."""
+    """Options of every recipe that trains: prompts, rewards, judging. `dataset_name` and its companions are TRL's."""
 
     dataset_name: str | None = field(
         default=None,
@@ -55,6 +56,14 @@ class StoryArguments(ScriptArguments):
     )
     eval_stories: int = field(default=100, metadata={"help": "Fresh stories that are judged before and after."})
 
+    adapter_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate where an adapter trains, which wants some seven times that of full fine-tuning. "
+            "--learning_rate on the command line goes before it."
+        },
+    )
+
     reward_model_name_or_path = adapter_name_or_path = (
         None  # options below, where the trainer does something with them
     )
@@ -68,7 +77,7 @@ class StoryArguments(ScriptArguments):
 
 @dataclass
 class OnlineArguments(StoryArguments):
-    """And what a trainer that samples has besides, whatever its penalty: monitor, rule, references, guard."""
+    """More options for a trainer that samples, RLOO or GRPO: monitor, rule for beta, reference, guard."""
 
     reward_model_name_or_path: str | None = field(
         default=None,
@@ -91,7 +100,8 @@ class OnlineArguments(StoryArguments):
         default="start",
         metadata={
             "help": "What the KL of an adapter is measured from: `start`, the model one starts from; `base`, adapter "
-            "off; `moving_average` (--ref_model_mixup_alpha, --ref_model_sync_steps); `reset` to the policy every "
+            "off; `loaded`, the base as a second model, for adapters such as PiSSA whose off is not the base; "
+            "`moving_average` (--ref_model_mixup_alpha, --ref_model_sync_steps); `reset` to the policy every "
             "--ref_model_sync_steps, or beyond --reset_at_kl."
         },
     )
@@ -119,7 +129,7 @@ class OnlineArguments(StoryArguments):
 
 @dataclass
 class PenaltyArguments(OnlineArguments):
-    """And the choice of the penalty, of RLOO."""
+    """More options for RLOO: the choice of the penalty."""
 
     kl_estimator: str = field(default="k1", metadata={"help": f"KL estimator: {', '.join(kl.estimators())}."})
     kl_placement: str = field(
@@ -137,8 +147,7 @@ class PenaltyArguments(OnlineArguments):
     kl_budget_per_token: float | None = field(
         default=None,
         metadata={
-            "help": "Nats per token that a story may spend for nothing; the penalty is on what is beyond. "
-            "`none` is no budget."
+            "help": "Nats per token without a penalty; only the KL beyond that is penalised. `none` is no budget."
         },
     )
     kl_top_k: int = field(default=64, metadata={"help": "Tokens that kl_estimator `top_k` takes in full."})
@@ -171,7 +180,7 @@ class PenaltyArguments(OnlineArguments):
 
 @dataclass
 class PairArguments(StoryArguments):
-    """And what is sampled from the base and ranked, of DPO."""
+    """More options for DPO: the pairs that are sampled from the base and ranked."""
 
     pairs: int = field(default=2000, metadata={"help": "Pairs to make, where none are of the same reward."})
     group_size: int = field(default=8, metadata={"help": "Completions of a prompt that are ranked together."})
@@ -186,7 +195,7 @@ class PairArguments(StoryArguments):
 
 
 def check_options(args: StoryArguments, training_args, model_args) -> None:
-    """Everything that can be refused before a model is loaded, and before anything is written."""
+    """Refuse everything that can be refused before a model is loaded or anything is written."""
     if isinstance(args, PenaltyArguments):
         check_penalty_options(args, training_args)
     if not training_args.beta >= 0 or math.isinf(training_args.beta):
@@ -203,9 +212,11 @@ def check_options(args: StoryArguments, training_args, model_args) -> None:
         check_online_options(args, training_args)
         check_adapter_options(args, training_args, model_args)
     elif model_args.use_peft:
-        check_targets(model_args.lora_target_modules, model_args.lora_modules_to_save)
+        check_targets(model_args.lora_target_modules)
     if isinstance(args, PairArguments):
         check_pair_options(args)
+    adapter = bool(model_args.use_peft or args.adapter_name_or_path)
+    check_trainer_options(training_args, model_args.model_name_or_path, adapter)
     if training_args.push_to_hub:
         check_hub(training_args)
 
@@ -249,10 +260,7 @@ def check_pair_options(args: PairArguments) -> None:
         raise ValueError(f"group_size must be >= 2, got {args.group_size}: a rank needs two completions")
     if not 1 <= args.pairs_per_group <= args.group_size // 2:
         raise ValueError(f"pairs_per_group must be from 1 to half of group_size, got {args.pairs_per_group}")
-    if args.max_completion_length < 1:
-        raise ValueError(f"max_completion_length must be >= 1, got {args.max_completion_length}")
-    if not args.temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {args.temperature}")
+    check_sampling(args)
     if args.pairs_from is not None and not Path(args.pairs_from).is_file():
         raise ValueError(f"pairs_from: there is no file {args.pairs_from!r}")
 
@@ -261,7 +269,7 @@ def check_adapter_options(args: OnlineArguments, training_args, model_args) -> N
     kl.check_choice("kl_reference", args.kl_reference, REFERENCES)
     adapted = model_args.use_peft or args.adapter_name_or_path
     if model_args.use_peft:
-        check_targets(model_args.lora_target_modules, model_args.lora_modules_to_save)
+        check_targets(model_args.lora_target_modules)
     if args.kl_reference != "start" and not adapted:
         raise ValueError(f"kl_reference {args.kl_reference!r} needs an adapter: --use_peft or --adapter_name_or_path")
     if args.kl_reference == "base" and model_args.use_peft and args.adapter_name_or_path:
@@ -279,7 +287,11 @@ def check_adapter_options(args: OnlineArguments, training_args, model_args) -> N
 
 
 def check_model_path(name: str, path: str) -> None:
-    """`ValueError` for what looks like a folder and is none; anything else may be a Hub id."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    """`ValueError` for what looks like a folder and is none; anything else may be a Hub id.
+
+    It looks like one too where its parent is a folder here: `runs/tall_tre` beside `runs/tall_tree`.
+    """
+    near = Path(path).parent != Path() and Path(path).parent.is_dir()
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or near
     if looks_local and not Path(path).is_dir():
         raise ValueError(f"{name}: there is no folder {path!r}; name a folder or a Hub id such as user/model")

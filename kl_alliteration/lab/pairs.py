@@ -1,6 +1,8 @@
 """Pairs for DPO: completions of the base, ranked by a reward."""
 
 import json
+import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,11 +10,14 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel
-from trl.data_utils import is_conversational, maybe_apply_chat_template
+from trl.data_utils import is_conversational
 
-from ..evaluation import plain_sampling
+from .._trl.asking import preference_prompt_ids
+from ..evaluation import ask_reward, plain_sampling, sample_rows
 
 FILE = "pairs.jsonl"
+SIDES = ("prompt", "chosen", "rejected")
+LEFT_OUT = ("chosen_reward", "rejected_reward")  # for readers of the file
 
 
 @torch.no_grad()
@@ -27,6 +32,7 @@ def sample_pairs(
     temperature: float = 1.0,
     batch_size: int = 200,
     seed: int = 0,
+    columns: dict[str, list] | None = None,
 ) -> list[dict]:
     """`group_size` completions a prompt, the best beside the worst, the second best beside the second worst, ...
 
@@ -34,47 +40,57 @@ def sample_pairs(
 
     Args:
         prompts (`list`): Plain or conversational, as TRL takes them.
-        reward (callable): TRL-shaped, `reward(prompts=..., completions=...) -> list[float]`, of text.
+        reward (callable): TRL-shaped, `reward(prompts=..., completions=..., **columns) -> list[float]`. A completion
+            to which it does not apply, `None`, is in no pair.
         seed (`int`): Of the sampling; torch's random state is put back afterwards.
+        columns (`dict[str, list]`, *optional*): Further columns of the data set, one value a prompt.
 
     Returns:
-        `list[dict]`: `prompt`, `chosen`, `rejected` in TRL's preference format, and `chosen_reward`,
+        `list[dict]`: `prompt`, `chosen`, `rejected` in TRL's preference format, the columns, and `chosen_reward`,
         `rejected_reward`. Two completions of one reward are no pair.
     """
     state = PartialState()
     config = plain_sampling(model, tokenizer, max_completion_length, temperature)
+    columns = columns or {}
+    prompt_rows = [
+        {"prompt": prompt} | dict(zip(columns, values, strict=True))
+        for prompt, *values in zip(prompts, *columns.values(), strict=True)
+    ]
     pairs = []
-    with state.split_between_processes(prompts) as share, torch.random.fork_rng():
+    with state.split_between_processes(prompt_rows) as share, torch.random.fork_rng():
         torch.manual_seed(seed + state.process_index)
         at_once = max(1, batch_size // group_size)
         for start in range(0, len(share), at_once):
-            rows = [prompt for prompt in share[start : start + at_once] for _ in range(group_size)]
-            texts = [maybe_apply_chat_template({"prompt": p}, tokenizer)["prompt"] for p in rows]
-            inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
-            ids = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
-            completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            rewards = reward(prompts=texts, completions=completions)
+            rows = [row for row in share[start : start + at_once] for _ in range(group_size)]
+            found = sample_rows(model, tokenizer, rows, config, partial(tokenize_rows, tokenizer))
+            rewards = ask_reward(reward, rows, found.completions, found.completion_ids)
             for first in range(0, len(rows), group_size):
-                group = range(first, first + group_size)
-                pairs += ranked(rows[first], [(rewards[i], completions[i]) for i in group], pairs_per_group)
+                group = [i for i in range(first, first + group_size) if not math.isnan(rewards[i])]
+                pairs += ranked(rows[first], [(rewards[i], found.texts[i]) for i in group], pairs_per_group)
     return gather_object(pairs)
 
 
-def ranked(prompt, completions: list[tuple[float, str]], pairs_per_group: int) -> list[dict]:
-    """The pairs of one prompt from its `(reward, completion)`s."""
+def tokenize_rows(tokenizer, rows: list[dict]) -> list[list[int]]:
+    """The prompts' tokens as DPO will make them."""
+    return [preference_prompt_ids(tokenizer, row) for row in rows]
+
+
+def ranked(row, completions: list[tuple[float, str]], pairs_per_group: int) -> list[dict]:
+    """The pairs of one prompt, or row of a data set, from its `(reward, completion)`s."""
+    row = row if isinstance(row, dict) else {"prompt": row}
     ordered = sorted(completions, key=lambda each: each[0])
     rows = []
     for (low, rejected), (high, chosen) in list(zip(ordered, reversed(ordered), strict=True))[:pairs_per_group]:
         if high > low:
             sides = {"chosen": chosen, "rejected": rejected}
-            if is_conversational({"prompt": prompt}):
+            if is_conversational({"prompt": row["prompt"]}):
                 sides = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
-            rows.append({"prompt": prompt, **sides, "chosen_reward": high, "rejected_reward": low})
+            rows.append(row | sides | {"chosen_reward": high, "rejected_reward": low})
     return rows
 
 
 def write_pairs(pairs: list[dict], folder: str | Path) -> Path:
-    """`pairs.jsonl` in a folder, whole or not at all."""
+    """Write `pairs.jsonl` into a folder, in one piece: never half of it."""
     path = Path(folder, FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
@@ -84,15 +100,26 @@ def write_pairs(pairs: list[dict], folder: str | Path) -> Path:
 
 
 def read_pairs(path: str | Path) -> Dataset:
-    """What [`write_pairs`] wrote, or any file of that format; `ValueError` where it is another."""
+    """What [`write_pairs`] wrote, or any file of that format; `ValueError` where it is another.
+
+    A line ends at a line feed and nowhere else; blank lines and a byte order mark are passed over.
+    """
+    rows, number = [], 0
     try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), start=1):  # noqa: B007
+            if line.strip():
+                row = json.loads(line)
+                row = {name: row[name] for name in (*SIDES, *row) if name not in LEFT_OUT}
+                if not row["prompt"] or not all(isinstance(row[side], (str, list)) for side in SIDES):
+                    raise TypeError(f"{', '.join(SIDES)} must be text or messages")
+                rows.append(row)
+        if rows:
+            return Dataset.from_list(rows)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"pairs_from: {path} is no file of pairs ({type(error).__name__}: {error})") from None
-    if not rows:
-        raise ValueError(f"pairs_from: {path} has no pairs")
-    return Dataset.from_list(rows)
+        where = f"; line {number}" if number else ""
+        cause = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"pairs_from: {path} is no file of pairs ({type(error).__name__}: {cause}{where})") from None
+    raise ValueError(f"pairs_from: {path} has no pairs")
 
 
 def longest(pairs: Dataset, tokenizer, max_completion_length: int) -> int:
@@ -101,5 +128,11 @@ def longest(pairs: Dataset, tokenizer, max_completion_length: int) -> int:
     TRL ends every completion with an end of text, also one that was cut off at `max_completion_length`. With this
     length it never gets to see that one.
     """
-    prompts = [maybe_apply_chat_template({"prompt": p}, tokenizer)["prompt"] for p in pairs["prompt"]]
-    return min(len(tokenizer(prompt)["input_ids"]) for prompt in set(prompts)) + max_completion_length
+    rows = {json.dumps(row, sort_keys=True, default=str): row for row in prompts_of(pairs)}
+    return min(map(len, tokenize_rows(tokenizer, list(rows.values())))) + max_completion_length
+
+
+def prompts_of(pairs: Dataset) -> list[dict]:
+    """The rows without their completions: what a prompt's tokens are made of."""
+    names = [name for name in ("prompt", "tools", "chat_template_kwargs") if name in pairs.column_names]
+    return pairs.select_columns(names).to_list()

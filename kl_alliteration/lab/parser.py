@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 from peft import PeftConfig
+from transformers.hf_argparser import string_to_bool
 from transformers.integrations import is_tensorboard_available
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import TrlParser
@@ -20,7 +21,14 @@ from trl import TrlParser
 from .. import kl
 from ..adapters import base_of
 from ..story_lm import MODEL_PATH
+from . import secrets
 from .options import PenaltyArguments, check_model_path
+
+# Names that transformers 5.17 gave new ones; TRL's default of the old one would warn.
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 
 
 class RecipeParser(TrlParser):
@@ -29,21 +37,40 @@ class RecipeParser(TrlParser):
     def __init__(self, dataclass_types, defaults: Path, **kwargs):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.defaults, self.started = defaults, time.time()
+        self.words: list[str] = []  # of the command line
+        self.spelled: dict = {}  # the YAML file's values as they are written
+        self.scheduler: str | None = None  # and its lr_scheduler_type
         for action in self._actions:
             if action.dest in ("kl_budget_per_token", "target_kl_per_token"):
                 action.type = float_or_none
         # All linear layers but the head, by PEFT's own finding; dropout would act in sampling and in every score.
         self.set_defaults(lora_target_modules=["all-linear"], lora_dropout=0.0)
+        self.set_defaults(**{new: self.get_default(old) for old, new in RENAMED.items()})
+
+    def canonical(self, words: list[str]) -> list[str]:
+        """The command line with every option's name in one spelling, apart from its value."""
+        known = {option for action in self._actions for option in action.option_strings} | {"--config"}
+        found: list[str] = []
+        for word, following in zip(words, [*words[1:], "--"], strict=False):
+            name, equals, value = word.partition("=")
+            spelled = name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name
+            option = RENAMED.get(spelled.removeprefix("--").removeprefix("no_"))
+            if spelled not in known:
+                found.append(word)
+            elif option is None:
+                found += [spelled, *([value] if equals else [])]
+            else:
+                flag = "false" if spelled.startswith("--no_") else "true"
+                found += [f"--{option}", *([value] if equals else [flag] if following.startswith("-") else [])]
+        return found
 
     def parse(self, args: list[str] | None = None):
-        args = list(sys.argv[1:] if args is None else args)
-        for i, arg in enumerate(args):
-            if arg.startswith("--config="):
-                args[i : i + 1] = ["--config", arg.removeprefix("--config=")]
+        args = self.words = self.canonical(list(sys.argv[1:] if args is None else args))
         if "--config" not in args:
             args = ["--config", str(self.defaults), *args]
         elif args[-1] == "--config":
             raise ValueError("--config needs the path of a YAML file")
+        self.spelled = read_words(Path(args[args.index("--config") + 1]))
         # bf16 where the GPU has it, else float32; RLOOConfig alone says bf16 everywhere and then refuses on a CPU. And
         # it has to be told that there is no GPU, or each of several processes trains alone.
         asked_for = "--use_cpu" in args or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
@@ -69,17 +96,31 @@ class RecipeParser(TrlParser):
         if unknown:
             raise ValueError(f"unexpected argument {unknown[0]!r}; options start with --")
         # Before the dataclasses derive more from them: what is given, in a file or on the command line.
-        self.given = {k: v for k, v in vars(self.namespace).items() if v != stock[k]}
+        given = {k: v for k, v in vars(self.namespace).items() if v != stock[k]}
+        self.given, self.hidden = secrets.without(given), secrets.values_of(given)
+        for each in parsed:
+            secrets.move_to_environment(vars(each))
         return parsed
 
     def set_defaults_with_config(self, **config):
         """What a YAML file says goes through the same conversions as the command line's words."""
         actions = {action.dest: action for action in reversed(self._actions)}
+        config = {RENAMED.get(name, name): value for name, value in config.items()}
+        for name, value in config.items():  # `off` is a word where an option takes words
+            if isinstance(value, bool) and name in actions and not takes_bool(actions[name]):
+                config[name] = self.spelled.get(name, value)
+        self.scheduler = config.get("lr_scheduler_type")
         known = {name: from_yaml(actions[name], value) for name, value in config.items() if name in actions}
         return super().set_defaults_with_config(**config | known)
 
     def parse_known_args(self, args=None, namespace=None):
         self.namespace, rest = super().parse_known_args(args, namespace)
+        if "--learning_rate" in self.words:  # what is typed goes before what a file has for adapters
+            self.namespace.adapter_learning_rate = None
+        named = str(getattr(self.namespace.lr_scheduler_type, "value", self.namespace.lr_scheduler_type))
+        typed = "--lr_scheduler_type" in self.words and "--lr_scheduler_kwargs" not in self.words
+        if typed and named != self.scheduler:
+            self.namespace.lr_scheduler_kwargs = None  # a file's are those of the file's scheduler
         return copy.copy(self.namespace), rest
 
     def error(self, message):
@@ -87,7 +128,7 @@ class RecipeParser(TrlParser):
 
 
 def from_yaml(action, value):
-    """A YAML value as the option's type; `ValueError` where it is none."""
+    """A YAML value converted to the option's type; `ValueError` where that fails."""
     name = action.dest
     if value is None:
         if action.default is not None:
@@ -96,9 +137,9 @@ def from_yaml(action, value):
     if isinstance(value, dict):
         if name.endswith(("_kwargs", "_config")) or name == "deepspeed":
             return value
-        raise ValueError(f"{name}: takes no mapping, got {value}")
+        raise ValueError(f"{name}: takes no mapping, got {secrets.hide(str(value), name)}")
     if isinstance(value, list) and action.nargs is None and name != "report_to":
-        raise ValueError(f"{name}: takes one value, got {value}")
+        raise ValueError(f"{name}: takes one value, got {secrets.hide(str(value), name)}")
     values = []
     for each in value if isinstance(value, list) else [value]:
         try:
@@ -110,8 +151,30 @@ def from_yaml(action, value):
     return values if isinstance(value, list) else values[0]
 
 
+class WordsLoader(yaml.SafeLoader):
+    """YAML 1.2's booleans, `true` and `false`: in 1.1 `no` and `off` are false."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def read_words(path: Path) -> dict:
+    """A YAML file with `no`, `off`, `yes` and `on` as the words that they are; `{}` where it is none."""
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), WordsLoader)  # noqa: S506  (of the safe one's kind)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}  # which the parser says by itself
+    return found if isinstance(found, dict) else {}
+
+
+def takes_bool(action) -> bool:
+    return isinstance(action.default, bool) or action.type is string_to_bool or action.nargs == 0
+
+
 def float_or_none(value: str) -> float | None:
-    """So that the command line can take away what a YAML file gives."""
+    """A number, or `None` for the word none: the command line can so remove what a YAML file sets."""
     try:
         return None if value.lower() == "none" else float(value)
     except ValueError:
@@ -128,21 +191,36 @@ def parse_recipe(parser: RecipeParser, argv: list[str] | None = None):
         model_args.model_name_or_path = base_of(PeftConfig.from_pretrained(adapter)) if adapter else str(MODEL_PATH)
     if isinstance(args, PenaltyArguments) and args.beta_unit == "study":
         training_args.beta = kl.study_beta(training_args.beta)
+    if args.adapter_learning_rate is not None and (model_args.use_peft or adapter):
+        training_args.learning_rate = args.adapter_learning_rate
+        say(training_args, f"learning_rate {args.adapter_learning_rate:g}, an adapter's; --learning_rate sets another")
     if "tensorboard" in training_args.report_to and not is_tensorboard_available():
         training_args.report_to.remove("tensorboard")
-        print("TensorBoard is not installed, so it gets no logs: pip install 'kl_alliteration[tensorboard]'")
+        say(training_args, "TensorBoard is not installed and gets no logs: pip install 'kl_alliteration[tensorboard]'")
     return args, training_args, model_args
 
 
+def say(training_args, words: str) -> None:
+    """On the screen, once for all processes."""
+    if training_args.process_index == 0:
+        print(words)
+
+
 def write_recipe(path: Path, parser: RecipeParser) -> None:
-    """The options that were given as a YAML for `--config`, under the command that was run."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    for i, word in enumerate(words):
-        if word.startswith("--hub_token="):
-            words[i] = "--hub_token=***"
-        elif word == "--hub_token":
-            words[i + 1] = "***"
-    options = {name: value for name, value in parser.given.items() if name != "hub_token"}
-    text = f"# accelerate launch recipes/{shlex.join(words)}\n# kl_alliteration {version('kl_alliteration')}, "
+    """The options that were given as a YAML for `--config`, under the command that was run; no secret in either."""
+    command = " ".join(as_typed(word) for word in (Path(sys.argv[0]).name, *parser.words))
+    for secret in sorted(parser.hidden, key=len, reverse=True):
+        command = command.replace(secret, "***")
+    text = f"# accelerate launch recipes/{command}\n# kl_alliteration {version('kl_alliteration')}, "
     text += f"trl {version('trl')}, transformers {version('transformers')}, torch {version('torch')}\n"
-    path.write_text(text + yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+    path.write_text(text + yaml.safe_dump(parser.given, sort_keys=False), encoding="utf-8")
+
+
+def as_typed(word: str) -> str:
+    """A word for a shell, in one line whatever is in it: a line feed is `$'\\n'`."""
+    if word.isprintable():
+        return shlex.quote(word)
+    spelled = (
+        c if c.isprintable() and c not in "\\'" else f"\\{c}" if c.isprintable() else f"\\U{ord(c):08x}" for c in word
+    )
+    return "$'" + "".join(spelled).replace("\\U0000000a", "\\n") + "'"

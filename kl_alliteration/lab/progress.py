@@ -1,29 +1,41 @@
 """What a run shows and writes as it goes: metrics, a progress bar, tables of stories."""
 
-import json
+import warnings
 from pathlib import Path
 
+from datasets.utils import logging as datasets_logging
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import ProgressCallback, TrainerCallback
+from transformers.utils import logging
 
 from .._trl import last_completions
 from ..text import as_text
+from .runs import as_json
 
 CONTROL = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n"}
 
 
+def clear_screen_of_libraries() -> None:
+    """Keep a run's screen clear: no loading bars of other libraries, and none of their warnings."""
+    datasets_logging.disable_progress_bar()
+    logging.disable_progress_bar()
+    # trl 1.16 asks every model of transformers 5.23 by the old name, in each forward pass.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
 def shown(text: str, style: str = "") -> Text:
-    """A model's text for a terminal: neither markup nor control characters do anything."""
+    """A model's text, safe for a terminal: markup and control characters have no effect."""
     return Text(text.translate(CONTROL), style=style)
 
 
 class MetricsFileCallback(TrainerCallback):
     """Every log as one JSON line, with `generations` (completions sampled so far) and `beta` beside TRL's metrics.
 
-    Of a trainer that samples none, `pairs`, what it has seen of its dataset. The file is written from the trainer's
-    history when training starts, so a resumed run has no doubled lines.
+    DPO, which does not sample, has `pairs` instead: the pairs that it has seen. The file is written from the trainer's
+    history when training starts, so that a resumed run has no line twice. Every line is JSON: NaN and infinity are
+    `null`. A run that is shorter than `logging_steps` is logged once, at its end.
     """
 
     def __init__(self, trainer, path: str | Path):
@@ -32,7 +44,15 @@ class MetricsFileCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history), encoding="utf-8")
+            self.path.write_text("".join(as_json(entry) + "\n" for entry in state.log_history), encoding="utf-8")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps and not state.log_history and not control.should_log:
+            control.should_log = True
+            if state.is_world_process_zero:
+                print(
+                    f"logging_steps {args.logging_steps} is more than the run's {state.max_steps}: logged at its end"
+                )
 
     def on_log(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -44,11 +64,17 @@ class MetricsFileCallback(TrainerCallback):
         entry["generations" if iterations else "pairs"] = state.global_step * batch // (iterations or 1)
         entry["beta"] = self.trainer.beta
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(as_json(entry) + "\n")
 
 
 class StoryProgressCallback(ProgressCallback):
     """The progress bar of transformers, with reward and KL at its end in place of a dictionary a log."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_log and state.is_world_process_zero:  # `on_log` draws it, with the step's numbers
+            self.training_bar.n, self.current_step = state.global_step, state.global_step
+        else:
+            super().on_step_end(args, state, control, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:
@@ -56,6 +82,8 @@ class StoryProgressCallback(ProgressCallback):
             values = {label: f"{logs[name]:.2f}" for name, label in shown.items() if logs.get(name) is not None}
             if values:
                 self.training_bar.set_postfix(values)
+            else:
+                self.training_bar.refresh()
 
 
 class StoryTableCallback(TrainerCallback):

@@ -8,15 +8,13 @@ broken is said on the page, and the rest is drawn.
 
 import argparse
 import base64
-import html
 import json
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 from ..kl import to_study_beta
-from ..text import alliterating_words
 from .figures import plot_frontier, plot_groups, plot_runs, read_run
+from .pages import fill_template
 from .runs import group_of, read_metrics, read_summary
 from .survival import one_line_errors
 
@@ -42,13 +40,6 @@ NOTE = (
     "study's penalty before the factor, its sign turned. Collapsed: under half of the stories differ, or pairs of "
     f"words are less than {COLLAPSED} times as varied as before; learns: a reward above {LEARNT} times the one before."
 )
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1,h2,p{overflow-wrap:anywhere}
-table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
-td,th{border:1px solid #ccc;padding:.25rem .5rem;text-align:right;white-space:nowrap}
-td:first-child,th:first-child{text-align:left}
-img{width:100%;height:auto}blockquote{margin:.5rem 0;padding-left:1rem;border-left:3px solid #ccc}
-mark{background:#ffe08a}.missing{color:#a33}"""
 
 
 def read_runs(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
@@ -148,10 +139,6 @@ def stories(groups: dict[str, list[Path]]) -> dict[str, list[str]]:
     return found
 
 
-def marked(text: str, mark: Callable[[str], str], plain: Callable[[str], str]) -> str:
-    return " ".join(mark(word) if alliterates else plain(word) for word, alliterates in alliterating_words(text))
-
-
 def write_report(folder: str | Path, frontier_path: str | Path | None = None) -> Path:
     """Figures, `report.md` and `report.html` of a folder of runs, into that folder.
 
@@ -159,11 +146,16 @@ def write_report(folder: str | Path, frontier_path: str | Path | None = None) ->
         frontier_path (`str`, *optional*): `frontier.json` of `recipes/best_of_n.py`, drawn under reward over KL.
 
     Raises:
-        `ValueError`: where the folder does not exist.
+        `ValueError`: where the folder does not exist, or is that of one run.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}")
+    if read_metrics(folder):
+        raise ValueError(
+            f"folder: {str(folder)!r} is a single run, whose page is its curves.png and stories.md; name the folder "
+            f"of runs, {str(folder.absolute().parent)!r}"
+        )
     groups, missing = read_runs(folder)
     figures = []
     for name, (entry, label) in PANELS.items():
@@ -191,40 +183,18 @@ def write_report(folder: str | Path, frontier_path: str | Path | None = None) ->
     head = ["run", "beta per nat", "beta, the study's", "seeds", *COLUMNS.values(), "verdict"]
     order = order_of_rewards(groups)
     notes = [NOTE] + ([f"Rank correlation of beta and final reward: {order:.2f}."] if order is not None else [])
-    rows, told = conclusions(groups), stories(groups)
-
-    lines = [f"# {folder.name}", ""] + [f"- missing: {words}" for words in missing]
-    lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"] + [f"| {' | '.join(row)} |" for row in rows]
-    lines += ["", *notes]
-    lines += [f"\n![{label}]({name})" for name, label in figures]
-    for group, texts in told.items():
-        lines += [f"\n## {group}"] + [
-            f"\n> {marked(text, lambda w: f'**{html.escape(w, False)}**', lambda w: html.escape(w, False))}"
-            for text in texts
-        ]
-    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    page = [f"<h1>{html.escape(folder.name)}</h1>"]
-    page += [f'<p class="missing">Missing: {html.escape(words)}</p>' for words in missing]
-    page.append(f"<table><tr>{''.join(f'<th>{html.escape(c)}</th>' for c in head)}</tr>")
-    page += [f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows] + ["</table>"]
-    page += [f"<p>{html.escape(words)}</p>" for words in notes]
-    for name, label in figures:
-        data = base64.b64encode((folder / name).read_bytes()).decode()
-        page.append(
-            f'<h2>{html.escape(label)}</h2><img alt="{html.escape(label)}" src="data:image/png;base64,{data}">'
-        )
-    for group, texts in told.items():
-        page.append(f"<h2>{html.escape(group)}</h2>")
-        for text in texts:
-            body = marked(text, lambda w: f"<mark>{html.escape(w)}</mark>", html.escape)
-            page.append(f"<blockquote>{body}</blockquote>")
-    title = html.escape(folder.name)
-    document = '<!doctype html><html lang="en"><meta charset="utf-8">'
-    document += f'<meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>'
-    path = folder / "report.html"
-    path.write_text(document + "\n".join(page) + "</html>\n", encoding="utf-8")
-    return path
+    page = {
+        "title": folder.name,
+        "missing": missing,
+        "head": head,
+        "rows": conclusions(groups),
+        "notes": notes,
+        "figures": figures,
+        "stories": stories(groups),
+    }
+    images = {name: base64.b64encode((folder / name).read_bytes()).decode() for name, _ in figures}
+    fill_template(folder / "report.md", **page)
+    return fill_template(folder / "report.html", images=images, **page)
 
 
 @one_line_errors

@@ -1,81 +1,54 @@
 """What the recipes do with their options: prompts, rewards by path, instruments, one run from end to end."""
 
-import html
-import json
 import shutil
 import sys
 import time
+import uuid
+from functools import partial
 from pathlib import Path
 
-import torch
-import yaml
-from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
-from trl.data_utils import maybe_apply_chat_template
+from transformers import ProgressCallback
 
 from .._trl import seam_of
-from ..adapters import REFERENCE, check_trains, is_adapter, load_adapter, name_base, save_stacked
+from ..adapters import REFERENCE, check_trains, name_base, save_stacked
 from ..control import KLControlCallback
-from ..evaluation import Judgement, judge
+from ..evaluation import Judgement, tokenize_prompts
 from ..guard import CollapseGuardCallback
 from ..monitor import KLMonitorCallback
 from ..penalty import KLPenaltyCallback
-from ..references import MovingAverageReferenceCallback, ReferenceCallback, ResetReferenceCallback
+from ..references import (
+    MovingAverageReferenceCallback,
+    ReferenceCallback,
+    ResetReferenceCallback,
+    use_loaded_reference,
+)
 from ..rewards import reward_model  # noqa: F401  (to register it)
-from ..sampling import use_fast_generate, use_fast_sampling
-from ..story_lm import MODEL_PATH, PROMPT
-from .checked_rewards import CheckedReward, load_rewards, ranking_reward, sum_rewards
+from ..sampling import use_fast_sampling
+from .checked_rewards import load_rewards
 from .figures import plot_curves
 from .hub import push, write_card
-from .inputs import load_policy, load_prompts, load_tokenizer
-from .options import (
-    ALLITERATION,
-    CONTROLLERS,
-    LATEST,
-    OnlineArguments,
-    PairArguments,
-    PenaltyArguments,
-    StoryArguments,
-)
+from .inputs import check_lengths, load_policy, load_prompts, load_tokenizer, share_template_options
+from .judging import judge_policy
+from .options import CONTROLLERS, LATEST, OnlineArguments, PairArguments, PenaltyArguments, StoryArguments
+from .pages import quoted
 from .parser import RecipeParser, write_recipe
 from .progress import MetricsFileCallback, StoryProgressCallback, StoryTableCallback, shown
-from .runs import last_checkpoint
+from .runs import as_json, begin_record, is_ours, last_checkpoint, read_record, remember, remove_ours, write_record
 from .survival import stop_beyond, train_or_say_why
-
-
-def total_reward(trainer):
-    """The trainer's rewards, weighted and summed as TRL does, for judging fresh stories; async ones are left out."""
-
-    def of_model(model, tokenizer):
-        def reward(prompts, completions) -> list[float]:
-            texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-            inputs = tokenizer(
-                text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
-            )
-            with torch.inference_mode():
-                return model(**inputs.to(model.device)).logits[:, 0].tolist()
-
-        return reward
-
-    functions, weights = [], []
-    for function, tokenizer, weight in zip(
-        trainer.reward_funcs, trainer.reward_processing_classes, trainer.reward_weights.tolist(), strict=True
-    ):
-        if isinstance(function, (torch.nn.Module, CheckedReward)):
-            functions.append(of_model(function, tokenizer) if isinstance(function, torch.nn.Module) else function)
-            weights.append(weight)
-    return sum_rewards(functions, weights)
 
 
 def add_instruments(trainer, args: OnlineArguments) -> None:
     """The reference, the penalty, the sampler, the monitor, the rule and the guard that a recipe's options ask for."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     steps, exact = trainer.args.ref_model_sync_steps, False
-    if args.kl_reference == "moving_average":
+    if args.kl_reference == "loaded":
+        use_loaded_reference(trainer)
+    elif args.kl_reference == "moving_average":
         trainer.add_callback(MovingAverageReferenceCallback(trainer, trainer.args.ref_model_mixup_alpha, steps))
     elif args.kl_reference == "reset":
         trainer.add_callback(ResetReferenceCallback(trainer, steps, args.reset_at_kl, args.reset_optimizer))
@@ -102,78 +75,79 @@ def add_instruments(trainer, args: OnlineArguments) -> None:
         trainer.add_callback(StoryTableCallback(trainer, args.show_stories_every))
 
 
-def judge_run(folder: str | Path, stories: int, seed: int = 1) -> Judgement:
-    """Fresh stories of what a finished run of any recipe left, and the KL to the base that it started from.
-
-    The prompt, the rewards and the lengths are those of its `recipe.yaml`; the base is the reference whatever the
-    run's own was, and also where it had none.
-    """
-    options = yaml.safe_load(Path(folder, "recipe.yaml").read_text(encoding="utf-8")) or {}
-    base = options.get("model_name_or_path", str(MODEL_PATH))
-    adapter = is_adapter(str(folder))
-    model = load_adapter(str(folder), base) if adapter else AutoModelForCausalLM.from_pretrained(folder)
-    model.to(PartialState().device).eval()
-    use_fast_generate(model)
-    ref_model = None if adapter else AutoModelForCausalLM.from_pretrained(base).to(model.device).eval()
-    rewards = options.get("reward_funcs", [ALLITERATION])
-    return judge(
-        model,
-        AutoTokenizer.from_pretrained(folder, padding_side="left"),
-        [options.get("prompt", PROMPT)] * stories,
-        ranking_reward([rewards] if isinstance(rewards, str) else rewards),
-        max_new_tokens=options.get("max_completion_length", 100),
-        temperature=options.get("temperature", 1.0),
-        ref_model=ref_model,
-        adapter_off_is_reference=adapter,
-        seed=seed,
-    )
-
-
 def build_trainer(trainer_class, args: OnlineArguments, training_args, model_args):
-    """`RLOOTrainer` or `GRPOTrainer`, stock, with prompts, rewards and the instruments of the options."""
+    """`RLOOTrainer` or `GRPOTrainer`, stock, with prompts, rewards and the instruments of the options.
+
+    Whatever can be refused is, before the first model is loaded.
+    """
+    rewards = load_rewards(args.reward_funcs, args.reward_model_name_or_path, args.reward_timeout)
+    prompts = load_prompts(args, training_args.generation_batch_size // training_args.num_generations)
+    share_template_options(prompts, training_args)
+    tokenizer = load_tokenizer(args, model_args, training_args)
+    tokenize = partial(tokenize_prompts, tokenizer, **(training_args.chat_template_kwargs or {}))
+    check_lengths(
+        prompts.to_list(), tokenize, tokenizer, model_args, training_args, training_args.max_completion_length
+    )
     trainer = trainer_class(
         **load_policy(args, training_args, model_args),
-        reward_funcs=load_rewards(args.reward_funcs, args.reward_model_name_or_path, args.reward_timeout),
+        reward_funcs=rewards,
         args=training_args,
-        train_dataset=load_prompts(args, training_args.generation_batch_size // training_args.num_generations),
-        processing_class=load_tokenizer(args, model_args, training_args),
+        train_dataset=prompts,
+        processing_class=tokenizer,
     )
     add_instruments(trainer, args)
     return trainer
 
 
 def run_training(trainer) -> dict:
-    """Train, resumed where the options say so, and under the guard where it may go back; what the guard saw."""
+    """Train, resuming or rolling back as the options say. Returns what the guard found."""
     guards = [c for c in trainer.callback_handler.callbacks if isinstance(c, CollapseGuardCallback)]
     train = guards[0].train if guards else trainer.train
-    checkpoint = trainer.args.resume_from_checkpoint
+    checkpoint, folder = trainer.args.resume_from_checkpoint, trainer.args.output_dir
     if checkpoint == LATEST:
-        checkpoint = last_checkpoint(trainer.args.output_dir)
+        checkpoint = last_checkpoint(folder)
         if trainer.is_world_process_zero():
             print(
                 f"Resuming from {checkpoint}" if checkpoint else "No complete checkpoint: starting from the beginning"
             )
+    elif checkpoint is None and trainer.is_world_process_zero():
+        begin_record(folder)
+    trainer.accelerator.wait_for_everyone()
     train_or_say_why(trainer, lambda: train(resume_from_checkpoint=checkpoint))
     return {"collapse": guards[0].collapse, "last_good_checkpoint": guards[0].last_good} if guards else {}
+
+
+def is_theirs(path: Path) -> bool:
+    """Whether a `README.md`, of which PEFT writes one with every adapter, is there already and the user's own."""
+    return path.name == "README.md" and path.exists() and not is_ours(path.parent, path.name)
 
 
 def save_final(trainer, below: str | None = None) -> None:
     """The model or adapter into the output directory, each file at once: a killed run leaves the old one or the new.
 
     A reference adapter stays behind; it is in the checkpoints, where a resumed run needs it. An adapter that was
-    trained on top of another, `below`, is saved as the sum of both.
+    trained on top of another, `below`, is saved as the sum of both. What an earlier run had saved here and this one
+    has not, such as an adapter in the place of a whole model, is removed: it would be loaded with it.
     """
     folder = Path(trainer.args.output_dir)
-    unfinished = folder / "_unfinished"
+    unfinished = Path(broadcast_object_list([str(folder / f"_unfinished_{uuid.uuid4().hex[:8]}")])[0])
     trainer.save_model(str(unfinished), _internal_call=True)  # else it would push at once
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
+        left = read_record(folder).get("unfinished")
+        if left:  # of a run that was killed while it saved
+            shutil.rmtree(folder / left, ignore_errors=True)
+        write_record(folder, unfinished=unfinished.name)
         if below is not None:
             save_stacked(below, str(unfinished), str(unfinished))
-        for path in unfinished.iterdir():
-            if path.is_file():
-                path.replace(folder / path.name)
+        made = [path for path in unfinished.iterdir() if path.is_file() and not is_theirs(folder / path.name)]
+        earlier = set(read_record(folder).get("files", {})) - {"error.txt"}
+        remove_ours(folder, *(earlier - {path.name for path in made}))
+        for path in made:
+            path.replace(folder / path.name)
+        remember(folder, *(path.name for path in made))
         shutil.rmtree(unfinished)
+        write_record(folder, unfinished=None)
 
 
 def penalty_in_words(trainer, args: StoryArguments) -> str:
@@ -191,7 +165,7 @@ def penalty_in_words(trainer, args: StoryArguments) -> str:
 
 
 def push_run(trainer, args: StoryArguments, before: Judgement, after: Judgement) -> bool:
-    """Write the card and push, from the main process; whether the model on the Hub is the one in memory."""
+    """Write the card and push, from the main process. Returns whether the Hub's model equals the one in memory."""
     if not trainer.is_world_process_zero():
         return True
     folder = Path(trainer.args.output_dir)
@@ -214,7 +188,7 @@ def show(before: Judgement, after: Judgement, folder: Path) -> None:
     console.print(table)
     lines = []
     for heading, judgement in (("Before", before), ("After", after)):
-        lines += [f"## {heading}", ""] + [f"> {html.escape(text, quote=False)}\n" for text in judgement.texts[:5]]
+        lines += [f"## {heading}", ""] + [f"{quoted(text)}\n" for text in judgement.texts[:5]]
         console.print(Text(f"\n{heading}", style="bold"))
         for text in judgement.texts[:3]:
             console.print(shown(f"{text}\n"))
@@ -228,7 +202,7 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
     `recipe.yaml`. Ends the process with status 1 where the push failed.
 
     Args:
-        reward (callable): TRL-shaped, of text, for judging stories from the first prompts of the trainer's dataset.
+        reward (callable): TRL-shaped, for judging stories from the first prompts of the trainer's dataset.
     """
     training_args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     folder = Path(training_args.output_dir)
@@ -239,28 +213,19 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(StoryProgressCallback())
-    tokenizer = trainer.processing_class
-    rows = trainer.train_dataset[: args.eval_stories]["prompt"]
-    prompts = [maybe_apply_chat_template({"prompt": p}, tokenizer)["prompt"] for p in rows]
     sampling = args if isinstance(args, PairArguments) else training_args
-    adapted = bool(model_args.use_peft or args.adapter_name_or_path)
-
-    def judge_policy() -> Judgement:
-        """Fresh stories from the policy as it is now; every process judges the same ones."""
-        return judge(
-            trainer.accelerator.unwrap_model(trainer.model),
-            tokenizer,
-            (prompts * args.eval_stories)[: args.eval_stories],
-            reward,
-            max_new_tokens=sampling.max_completion_length,
-            temperature=sampling.temperature,
-            ref_model=trainer.ref_model,
-            adapter_off_is_reference=adapted,
-        )
-
-    before = judge_policy()
+    judged = partial(
+        judge_policy,
+        trainer,
+        args.eval_stories,
+        reward,
+        sampling.max_completion_length,
+        sampling.temperature,
+        adapted=bool(model_args.use_peft or args.adapter_name_or_path),
+    )
+    before = judged()
     guarded = run_training(trainer)
-    after = judge_policy()
+    after = judged()
     save_final(trainer, below=args.adapter_name_or_path if model_args.use_peft else None)
     if trainer.is_world_process_zero():
         show(before, after, folder)
@@ -268,7 +233,7 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
         plot_curves(trainer.state.log_history, folder / "curves.png", title, before.reward_mean)
         summary = {"before": before.numbers(), "after": after.numbers(), "stories": after.texts[:5]}
         summary |= guarded | {"seconds": round(time.time() - parser.started, 1)}
-        Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        Path(folder, "summary.json").write_text(as_json(summary, indent=2) + "\n", encoding="utf-8")
         write_recipe(folder / "recipe.yaml", parser)
         print(f"{summary['seconds']:.0f} s. Model, curves.png, stories.md, metrics.jsonl, summary.json: {folder}")
     pushed = not training_args.push_to_hub or push_run(trainer, args, before, after)

@@ -1,13 +1,30 @@
-"""What a run leaves in its folder, read back: checkpoints, `metrics.jsonl`, `summary.json`."""
+"""What a run leaves in its folder, read back: checkpoints, `metrics.jsonl`, `summary.json`; what is whose."""
 
 import json
+import math
 import re
 from pathlib import Path
+
+RECORD = "_made.json"  # of what a run made, by what it is known again; `_*` stays off the Hub
+CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
 
 
 def group_of(name: str) -> str:
     """The name without its seed, as words: `beta_0.1_seed_2` is of `beta 0.1`."""
     return re.sub(r"_seed_\d+$", "", name).replace("_", " ")
+
+
+def as_json(value, **options) -> str:
+    """JSON that every reader takes: what is no number, NaN or infinity, is `null`."""
+    return json.dumps(without_nan(value), allow_nan=False, **options)
+
+
+def without_nan(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    return [without_nan(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_summary(folder: Path) -> dict | None:
@@ -19,16 +36,16 @@ def read_summary(folder: Path) -> dict | None:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of `metrics.jsonl` so far; a last line that is still being written is left out."""
+    """The lines of `metrics.jsonl` so far, without what is `null`; a last line that is being written is left out."""
     try:
-        lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").split("\n")
     except OSError:
         return []
     entries = []
-    for line in lines:
+    for line in filter(str.strip, lines):
         try:
-            entries.append(json.loads(line))
-        except ValueError:
+            entries.append({name: value for name, value in json.loads(line).items() if value is not None})
+        except (ValueError, AttributeError):
             break
     return entries
 
@@ -42,11 +59,92 @@ def is_complete(checkpoint: Path) -> bool:
     return True
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint in a folder, `None` where there is none.
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The trainer's checkpoints in a folder by step, complete or not: `checkpoint-20` and no `checkpoint-best`."""
+    found = {path: CHECKPOINT.fullmatch(path.name) for path in Path(folder).glob("checkpoint-*") if path.is_dir()}
+    return {int(match[1]): path for path, match in sorted(found.items()) if match}
 
-    `transformers.trainer_utils.get_last_checkpoint` takes the highest number, complete or not.
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint of a folder's last run, `None` where there is none.
+
+    Those that an earlier run had left there are passed over, until the run has written one of the same step itself.
     """
-    complete = filter(is_complete, Path(folder).glob("checkpoint-*"))
-    newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if newest is None else str(newest)
+    others = read_record(folder).get("others", {})
+    complete = [
+        step
+        for step, path in checkpoints(folder).items()
+        if is_complete(path) and others.get(path.name) != mark_of(path / "trainer_state.json")
+    ]
+    return str(checkpoints(folder)[max(complete)]) if complete else None
+
+
+def read_record(folder: Path) -> dict:
+    """`files` that runs made here, `others`' checkpoints; each by its name, with [`mark_of`] it."""
+    try:
+        record = json.loads(Path(folder, RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def write_record(folder: Path, **changes) -> None:
+    path = Path(folder, RECORD)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(read_record(folder) | changes, indent=1) + "\n", encoding="utf-8")
+
+
+def mark_of(path: Path) -> list[int] | None:
+    """What a file is known by while nobody else writes it: its size and when it was written."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
+def model_files(folder: Path, adapter: bool | None = None) -> list[str]:
+    """The names of files in a folder that make a model: of an adapter, of a whole model, or (`None`) of either."""
+    kinds = {True: ("adapter_*",), False: ("config.json", "model*.safetensors*", "pytorch_model*.bin*"), None: ()}
+    patterns = kinds[adapter] or kinds[True] + kinds[False]
+    return sorted(path.name for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file())
+
+
+def check_folder(folder: Path, adapter: bool) -> None:
+    """`ValueError` for files that would be loaded together with what a run is going to save here, and are nobody's.
+
+    Those that a run made are removed when the next one has saved its own.
+    """
+    others = [name for name in model_files(folder, adapter=not adapter) if not is_ours(folder, name)]
+    if others:
+        kinds = ("a whole model", "an adapter") if adapter else ("an adapter", "a whole model")
+        raise ValueError(
+            f"output_dir: {str(folder)!r} holds {', '.join(others)} of {kinds[0]} that no run here made, and with "
+            f"{kinds[1]} beside it the one would be loaded for the other: move it, or name another folder"
+        )
+
+
+def begin_record(folder: Path) -> None:
+    """A run begins anew in this folder: the checkpoints that are there are not its own."""
+    there = {path.name: mark_of(path / "trainer_state.json") for path in checkpoints(folder).values()}
+    if there or read_record(folder):
+        write_record(folder, others={name: mark for name, mark in there.items() if mark})
+
+
+def remember(folder: Path, *names: str) -> None:
+    """Note that a run has just made these files."""
+    files = read_record(folder).get("files", {})
+    write_record(folder, files=files | {name: mark_of(Path(folder, name)) for name in names})
+
+
+def is_ours(folder: Path, name: str) -> bool:
+    """Whether a run made this file, and nobody has written it since."""
+    mark = mark_of(Path(folder, name))
+    return mark is not None and read_record(folder).get("files", {}).get(name) == mark
+
+
+def remove_ours(folder: Path, *names: str) -> None:
+    """Remove those of these files that a run made."""
+    for name in names:
+        if is_ours(folder, name):
+            Path(folder, name).unlink()

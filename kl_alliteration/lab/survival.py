@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 
 from .._trl import UnknownTRLError, seam_of
 from ..kl import Rollout
-from .runs import is_complete, last_checkpoint
+from .runs import checkpoints, is_complete, last_checkpoint, remember, remove_ours
+from .secrets import hide
 
 FULL = 16 * 2**20  # bytes free, less than a checkpoint of the smallest model
 
@@ -34,27 +35,29 @@ class Terminated(TrainingStopped):
 def one_line_errors(main):
     """One line on standard error: for a user's mistake with exit status 2, for a run that was stopped with its own.
 
-    Anything else keeps its traceback.
+    Anything else keeps its traceback. Nothing that is printed ends a run: what the terminal lacks is replaced.
     """
 
     @wraps(main)
     def wrapped(*args, **kwargs):
+        if hasattr(sys.stdout, "reconfigure"):  # the tests' has not
+            sys.stdout.reconfigure(errors="replace")
         try:
             return main(*args, **kwargs)
         except (ValueError, OSError, ImportError, UnknownTRLError, TrainingStopped) as error:
             if os.environ.get("KL_ALLITERATION_TRACEBACK"):
                 raise
             message = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
-            print(f"error: {message}", file=sys.stderr)
+            print(f"error: {hide(message)}", file=sys.stderr)
             sys.exit(getattr(error, "status", 2))
 
     return wrapped
 
 
 class TerminationCallback(TrainerCallback):
-    """SIGTERM, as clusters send it before they kill: end the step, save a checkpoint, stop; all processes together.
+    """On SIGTERM, which clusters send before they kill a job: end the step, save a checkpoint, stop; in all processes.
 
-    `terminated` says afterwards that it was so. Outside training the signal does what it did before.
+    `terminated` is then true. Outside of training the signal has its earlier effect.
 
     Args:
         trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
@@ -76,7 +79,7 @@ class TerminationCallback(TrainerCallback):
         self.restore()
 
     def restore(self) -> None:
-        """Give the signal back; a run that raises ends without `on_train_end`."""
+        """Restore the signal's earlier handler; a run that raises ends without `on_train_end`."""
         if self.before is not None:
             signal.signal(signal.SIGTERM, self.before)
             self.before = None
@@ -95,9 +98,10 @@ def stop_beyond(trainer, kl_per_sequence: float) -> None:
 
 
 def train_or_say_why(trainer, train) -> None:
-    """`train()`, and for whatever ends it early one message with the step, the cause and the last good checkpoint.
+    """`train()`; if anything ends it early, one message with the step, the cause and the last good checkpoint.
 
-    A checkpoint that was being written is removed; the whole traceback goes to `error.txt` in the output directory.
+    A checkpoint that this run was writing is removed, and nothing that was there before; the whole traceback goes to
+    `error.txt` in the output directory.
 
     Raises:
         `TrainingStopped`: in place of any exception, Ctrl-C included. `Terminated`: after a SIGTERM, its checkpoint
@@ -106,6 +110,7 @@ def train_or_say_why(trainer, train) -> None:
     callback = TerminationCallback(trainer)
     trainer.add_callback(callback)
     folder = Path(trainer.args.output_dir)
+    before = set(checkpoints(folder).values())
     try:
         train()
     except (Exception, KeyboardInterrupt) as error:
@@ -115,21 +120,27 @@ def train_or_say_why(trainer, train) -> None:
             cause = f"the disk of {folder} is full ({cause})"
         good = last_checkpoint(folder)
         if trainer.is_world_process_zero():
-            for checkpoint in folder.glob("checkpoint-*"):
+            for checkpoint in set(checkpoints(folder).values()) - before:
                 if not is_complete(checkpoint):
                     shutil.rmtree(checkpoint, ignore_errors=True)
             try:
-                Path(folder, "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+                text = hide(traceback.format_exc())
+                Path(folder, "error.txt").write_text(text, encoding="utf-8", errors="replace")
+                remember(folder, "error.txt")
             except OSError:
                 pass  # a full disk
         stopped = TrainingStopped(f"stopped at step {trainer.state.global_step}: {cause}; {go_on_from(good)}")
         if isinstance(error, KeyboardInterrupt):
             stopped.status = 130  # a shell's for Ctrl-C
+        for bar in (getattr(each, "training_bar", None) for each in trainer.callback_handler.callbacks):
+            if bar is not None:
+                bar.close()  # or what is printed next stands at its end
         raise stopped from error
     finally:
         callback.restore()
         trainer.remove_callback(callback)
-    Path(folder, "error.txt").unlink(missing_ok=True)  # of the run that this one went on from
+    if trainer.is_world_process_zero():
+        remove_ours(folder, "error.txt")  # of the run that this one went on from
     if callback.terminated:
         good = last_checkpoint(folder)
         raise Terminated(f"SIGTERM at step {trainer.state.global_step}; {go_on_from(good)}")

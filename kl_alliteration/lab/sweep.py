@@ -21,6 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from trl import TrlParser
 
+from . import secrets
 from .report import write_report
 from .runs import last_checkpoint, read_metrics, read_summary
 
@@ -38,7 +39,7 @@ class Run:
 
     @property
     def asked(self) -> list[str]:
-        """Everything that it is told, as words."""
+        """All its options, as words of a command line."""
         return [*self.words, *(word for option in self.options.items() for word in as_words(*option))]
 
 
@@ -92,7 +93,7 @@ class Process:
 
 
 def end_orphan(folder: Path) -> None:
-    """End what a sweep that was killed left running in this folder: the group of processes that it had started."""
+    """End the processes that a killed sweep left running for this folder."""
     try:
         left = json.loads((folder / "process.json").read_text())
     except (OSError, ValueError):
@@ -211,7 +212,7 @@ def parse_sweep(arguments: type[SweepArguments], defaults: Path) -> tuple[SweepA
     args, options = TrlParser((arguments,), allow_abbrev=False).parse_args_and_config(
         argv, return_remaining_strings=True
     )
-    if any(word.split("=")[0] == "--hub_token" for word in options):
+    if secrets.in_words(options):
         raise ValueError("hub_token: a sweep writes its commands into logs; set HF_TOKEN, or run `hf auth login`")
     return args, ("--config", args.recipe_config, *options)
 

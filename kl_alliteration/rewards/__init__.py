@@ -25,7 +25,7 @@ class AlliterationReward:
     """Alliterating pairs of words, each worth 1, less or more.
 
     A reward function of TRL's: `(prompts, completions, **columns) -> list[float]`, B of them, of prompt and completion
-    as one text. Without options it is the study's count; options multiply. Picklable.
+    as one text. Without options it is the study's count; the factors of several options are multiplied. Picklable.
 
     Args:
         name (`str`): What TRL calls it.
@@ -64,7 +64,7 @@ class AlliterationReward:
             raise ValueError("letters must name at least one letter")
         self.__name__ = name
         self.distinct, self.runs, self.saturate = distinct, runs, saturate
-        self.letters = None if letters is None else letters.lower()
+        self.letters = None if letters is None else frozenset(map(str.lower, letters))  # of `İ` that is no `i`
         self.letter_weights, self.per_100_words = letter_weights, per_100_words
         self.phonetic, self.strip_punctuation = phonetic, strip_punctuation
         if phonetic:
@@ -171,7 +171,7 @@ pair_saturating_alliteration = AlliterationReward("pair_saturating_alliteration"
 
 
 def __getattr__(name: str):
-    """Rewards that are made when they are asked for: one letter's, the rare letters', the sounds'."""
+    """Makes a reward when its name is imported: for one letter, for rare letters, for first sounds."""
     if name == "rare_letter_alliteration":
         # Saturating too: a sum that only grows with a letter's pairs is best spent on one letter.
         return AlliterationReward(name, letter_weights=rare_letter_weights(letter_shares()), saturate="letter")

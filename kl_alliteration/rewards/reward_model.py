@@ -66,7 +66,11 @@ class AlliterationRewardModel(PreTrainedModel):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
         """`input_ids`, `attention_mask`: (B, T); 0 = no text."""
         batch, device = input_ids.shape[0], input_ids.device
-        lengths = self.first_byte[input_ids + 1] - self.first_byte[input_ids]  # (B, T) bytes of each token
+        known = (input_ids >= 0) & (
+            input_ids < len(self.first_byte) - 1
+        )  # a model may have more ids than its tokenizer
+        input_ids = input_ids.where(known, 0)
+        lengths = (self.first_byte[input_ids + 1] - self.first_byte[input_ids]) * known  # (B, T) bytes of each token
         if attention_mask is not None:
             lengths = lengths * attention_mask
         ids, lengths_flat = input_ids.flatten(), lengths.flatten()
@@ -126,7 +130,7 @@ def character_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def spell_tokens(tokenizer) -> list[bytes]:
-    """The bytes of every token, special tokens none."""
+    """The bytes of every token; none for special tokens."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer must be a fast one, got {type(tokenizer).__name__}")
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
@@ -135,7 +139,8 @@ def spell_tokens(tokenizer) -> list[bytes]:
         to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
 
         def spell(token: str) -> bytes:
-            return bytes(to_byte[character] for character in token)
+            known = all(character in to_byte for character in token)  # a token that was added may be any text
+            return bytes(to_byte[character] for character in token) if known else token.encode(errors="replace")
 
     elif "Metaspace" in kinds or any(part.get("pattern") == {"String": "▁"} for part in decoder.get("decoders", ())):
 
@@ -149,12 +154,11 @@ def spell_tokens(tokenizer) -> list[bytes]:
             f"tokenizer must be byte-level or have pieces with '▁'; {type(tokenizer).__name__} decodes with "
             f"{', '.join(sorted(kinds)) or 'nothing'}"
         )
-    spelled = [b""] * len(tokenizer)
-    added = tokenizer.added_tokens_decoder
-    for token, index in tokenizer.get_vocab().items():
-        if index in added:
-            spelled[index] = b"" if added[index].special else added[index].content.encode()
-        elif index not in tokenizer.all_special_ids:
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    special = set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
+    spelled = [b""] * (max(vocabulary.values(), default=-1) + 1)  # ids may have gaps
+    for token, index in vocabulary.items():
+        if index not in special:
             spelled[index] = spell(token)
     return spelled
 

@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from . import packed
+from .known import unknown_part
 
 
 class Unsupported(ValueError):
@@ -140,7 +141,7 @@ class Decoder:
         return (seen & (self.real[:, None, None, :last] | (key == query)))[:, :, :, begin:]
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these rows of the batch."""
+        """Keep these rows of the batch and drop the others."""
         self.cache = [(keys[rows], values[rows]) for keys, values in self.cache]
         self.real = self.real[rows]
         if self.padded:
@@ -291,11 +292,7 @@ READERS = {
 
 def read_decoder(model) -> Decoder:
     """Plain tensors of a model, LoRA folded in. Raises `Unsupported` with the reason."""
+    if unknown := unknown_part(model):
+        raise Unsupported(unknown)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    name = type(model).__name__
-    if name not in READERS:
-        raise Unsupported(f"{name} is none of {', '.join(READERS)}")
-    rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        raise Unsupported(f"rotary positions of type {rope!r}, which depend on the length")
-    return READERS[name](model)
+    return READERS[type(model).__name__](model)

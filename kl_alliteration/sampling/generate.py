@@ -9,57 +9,26 @@ What is not supported goes to the model's own `generate`, and the log says why, 
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from .. import kl
+from ..sampling_options import beyond_warpers, merged
 from .decoder import Decoder, Unsupported, read_decoder
 
 logger = logging.get_logger(__name__)
 
-# Generation options with which transformers samples as this module does; any other value goes to `generate`.
-PLAIN = {
-    "num_beams": (1, None),
-    "num_return_sequences": (1, None),
-    "repetition_penalty": (1.0, None),
-    "no_repeat_ngram_size": (0, None),
-    "min_length": (0, None),
-    "min_new_tokens": (0, None),
-    "typical_p": (1.0, None),
-    "epsilon_cutoff": (0.0, None),
-    "eta_cutoff": (0.0, None),
-    "top_h": (None,),
-    "suppress_tokens": (None,),
-    "begin_suppress_tokens": (None,),
-    "bad_words_ids": (None,),
-    "sequence_bias": (None,),
-    "guidance_scale": (None, 1.0),
-    "penalty_alpha": (None,),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "exponential_decay_length_penalty": (None,),
-    "stop_strings": (None,),
-    "max_time": (None,),
-    "watermarking_config": (None,),
-    "prompt_lookup_num_tokens": (None,),
-    "assistant_early_exit": (None,),
-    "dola_layers": (None,),
-    "constraints": (None,),
-    "output_scores": (False, None),
-    "output_logits": (False, None),
-    "return_dict_in_generate": (False, None),
-}
-
-
 # Rows that have ended are computed along until only this share is left; dropping them copies the cache.
 DROP_AT = 0.75
+CHECKED = 4  # rows of the first batch that are held against the model
 BLOCK = 64  # tokens whose probabilities are summed first when one is drawn
 
 
 def check_options(config: GenerationConfig, others: dict) -> None:
-    """`Unsupported` for what this module does not sample."""
-    for name, plain in PLAIN.items():
-        if getattr(config, name, None) not in plain:
-            raise Unsupported(f"{name}={getattr(config, name)!r}")
+    """`Unsupported` for what this module does not sample; `config` is what `generate` would sample by."""
+    if beyond := beyond_warpers(config):
+        raise Unsupported(", ".join(f"{name}={value!r}" for name, value in beyond.items()))
     if others := {name: value for name, value in others.items() if value is not None}:
         raise Unsupported(f"arguments {', '.join(others)}")
     if config.max_new_tokens is None:
@@ -99,6 +68,8 @@ def draw(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
         p = F.pad(p, (0, beyond))
     p = p.view(len(p), -1, BLOCK)
     blocks = p.sum(-1).cumsum(-1)  # (B, V / BLOCK)
+    if not blocks[:, -1].isfinite().all():
+        raise Unsupported("the logits hold inf or nan")
     # Each search takes the first sum beyond a number in [0, total), so that what it finds has a probability above 0.
     uniform = _below(torch.rand_like(blocks[:, -1:]) * blocks[:, -1:], blocks)
     block = torch.searchsorted(blocks, uniform, right=True)  # (B, 1)
@@ -109,16 +80,25 @@ def draw(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
 
 
 def _below(x: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """`x`, less than the last of the sums in spite of rounding."""
+    """`x`, kept below the last of the sums, which rounding might otherwise reach."""
     total = sums[:, -1:]
     return torch.minimum(x, torch.nextafter(total, torch.zeros_like(total)))
 
 
 @torch.no_grad()
 def sample(
-    decoder: Decoder, input_ids: torch.Tensor, attention_mask: torch.Tensor, config: GenerationConfig
+    decoder: Decoder,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    config: GenerationConfig,
+    logps: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(B, P) left-padded prompts -> (B, P + T), up to `max_new_tokens` sampled and padding after an end of text."""
+    """(B, P) left-padded prompts -> (B, P + T), up to `max_new_tokens` sampled and padding after an end of text.
+
+    Args:
+        logps (`torch.Tensor`, *optional*):
+            (R, `max_new_tokens`), filled with the log-probabilities of what the first R rows sampled, before warping.
+    """
     batch, prompt = input_ids.shape
     eos = torch.as_tensor(config.eos_token_id if config.eos_token_id is not None else [], device=input_ids.device)
     pad = config.pad_token_id if config.pad_token_id is not None else 0
@@ -131,6 +111,10 @@ def sample(
     for place in range(prompt, prompt + config.max_new_tokens):
         tokens = draw(logits, config).masked_fill(over, pad)
         out[rows, place] = tokens
+        if logps is not None:
+            few = rows < len(logps)
+            sampled = tokens[few].unsqueeze(-1)
+            logps[rows[few], place - prompt] = logits[few].log_softmax(-1).gather(-1, sampled).squeeze(-1).to(logps)
         if eos.numel():
             over = over | torch.isin(tokens, eos)
             going = (~over).sum()
@@ -144,27 +128,79 @@ def sample(
     return out
 
 
-def use_fast_generate(model, sharded: bool = False) -> None:
-    """Replace `generate` of a model, full or LoRA, by this module's sampling, where that knows how.
+@torch.no_grad()
+def check_decoder(model, ids: torch.Tensor, attention_mask: torch.Tensor, eos, logps: torch.Tensor) -> None:
+    """`Unsupported` where the decoder's log-probabilities of what it sampled are not the model's, beyond rounding.
 
     Args:
-        sharded (`bool`): No process has the whole weights (FSDP, DeepSpeed): leave it all to the old one, and say so.
+        ids (`torch.Tensor`): (B, P + T), prompts and what was sampled; `attention_mask` (B, P) is the prompts'.
+        logps (`torch.Tensor`): (R, at least T), of [`sample`].
     """
-    original, said = model.generate, set()
+    few, prompt = len(logps), attention_mask.shape[1]
+    ids, length = ids[:few], ids.shape[1] - prompt
+    completion = ids[:, prompt:]
+    ends = torch.isin(completion, torch.as_tensor([] if eos is None else eos, device=ids.device)).int()
+    counted = (ends.cumsum(-1) - ends) == 0  # (R, T), an end of text itself counts
+    mask = torch.cat([attention_mask[:few], counted.to(attention_mask)], dim=1)
+    training = model.training
+    model.eval()
+    try:
+        expected = kl.model_logps(model, ids, mask, length)
+    finally:
+        model.train(training)
+    apart = kl.mean_difference(logps[:, :length], expected, counted)
+    if not apart <= kl.rounding(model.dtype):
+        raise Unsupported(
+            f"its log-probabilities of the first batch are {apart:.2g} nats per token off the model's own"
+        )
+
+
+def use_fast_generate(model, sharded: bool = False) -> None:
+    """Replace `generate` of a model, full or LoRA, by this module's sampling, where that knows how and is right.
+
+    It proves itself on the first batch, and on the first that is padded: where its log-probabilities are not the
+    model's own, or where it fails for whatever reason, the old `generate` makes that batch and all others, with one
+    line in the log.
+
+    Args:
+        sharded (`bool`): No process has the whole weights (FSDP, DeepSpeed): keep the old `generate`, and say so.
+    """
+    original, said, proven = model.generate, set(), set()
+    broken: list[str] = ["the weights are sharded"] if sharded else []  # why it is off for good
+
+    def fast(input_ids, attention_mask, generation_config, others) -> torch.Tensor:
+        if broken:
+            raise Unsupported(broken[0])
+        if input_ids is None or generation_config is None:
+            raise Unsupported("generate was called without input_ids or generation_config")
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        config = merged(generation_config, base.generation_config)
+        check_options(config, others)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        padded, decoder = bool((mask == 0).any()), read_decoder(model)
+        if padded in proven:
+            return sample(decoder, input_ids, mask, config)
+        try:
+            logps = torch.zeros(min(CHECKED, len(input_ids)), config.max_new_tokens, device=input_ids.device)
+            ids = sample(decoder, input_ids, mask, config, logps)
+            check_decoder(model, ids, mask, config.eos_token_id, logps)
+        except Unsupported as reason:
+            broken.append(str(reason))
+            raise
+        proven.add(padded)
+        return ids
 
     def generate(input_ids=None, attention_mask=None, generation_config=None, **others):
         try:
-            if sharded:
-                raise Unsupported("the weights are sharded")
-            if input_ids is None or generation_config is None:
-                raise Unsupported("generate was called without input_ids or generation_config")
-            check_options(generation_config, others)
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            return sample(read_decoder(model), input_ids, mask, generation_config)
-        except Unsupported as reason:
-            if str(reason) not in said:
-                said.add(str(reason))
-                logger.warning(f"fast sampling is off, transformers' generate takes over: {reason}")
+            return fast(input_ids, attention_mask, generation_config, others)
+        except Unsupported as error:
+            reason = str(error)
+        except Exception as error:  # not the user's: what is wrong with the call, the old one says itself
+            reason = f"{type(error).__name__}: {error}"
+            broken.append(reason)
+        if reason not in said:
+            said.add(reason)
+            logger.warning(f"fast sampling is off, transformers' generate takes over: {reason}")
         return original(
             input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config, **others
         )

@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import json
 import math
 import os
+import pickle
 import tempfile
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from trl import ModelConfig, RLOOConfig
 
 from kl_alliteration.lab.checked_rewards import CheckedReward
 from kl_alliteration.lab.options import PenaltyArguments, check_options
-from kl_alliteration.lab.parser import RecipeParser, parse_recipe
+from kl_alliteration.lab.parser import RecipeParser, parse_recipe, write_recipe
 from kl_alliteration.lab.survival import TrainingStopped, one_line_errors
 
 DEFAULTS = Path(__file__).parents[2] / "recipes/rloo_tall_tree.yaml"
@@ -82,7 +84,7 @@ def test_options(options):
         if isinstance(value, float) and word != "none" and name != "beta":
             assert value == float(word) or math.isnan(value)
         elif isinstance(value, int) and not isinstance(value, bool):
-            assert value == int(word)
+            assert value == float(word)  # `--logging_steps 2.0` is 2
     event("accepted" if parsed else "refused")
 
 
@@ -129,6 +131,59 @@ def test_plausible_options(way, options):
             parsed, _ = attempt(["--config", file.name])
     for name, value in options.items() if parsed else ():
         assert value_of(parsed, name) == (None if value == "none" and name == "kl_budget_per_token" else value), name
+    event("accepted" if parsed else "refused")
+
+
+SECRET = "hf_planted0123456789"
+
+
+@pytest.mark.long
+@CASES
+@given(
+    options=st.fixed_dictionaries({}, optional=PLAUSIBLE),
+    spelling=st.sampled_from(["--hub_token", "--hub-token", "--hub_token=", "--hub-token=", "yaml", "mapping"]),
+    dashes=st.booleans(),
+    place=st.integers(0, 5),
+)
+def test_a_token_is_nowhere_and_dashes_are_underscores(options, spelling, dashes, place):
+    """Whatever is asked besides, in both spellings: accepted or refused, no file, option or line has the token."""
+    words = [[f"--{name.replace('_', '-') if dashes else name}", str(value)] for name, value in options.items()]
+    before = os.environ.get("HF_TOKEN")
+    with tempfile.TemporaryDirectory() as folder:
+        if spelling == "yaml":
+            Path(folder, "mine.yaml").write_text(yaml.safe_dump({"hub_token": SECRET}))
+            words.insert(0, ["--config", str(Path(folder, "mine.yaml"))])
+        elif spelling == "mapping":
+            words.insert(min(place, len(words)), ["--model_init_kwargs", json.dumps({"token": SECRET})])
+        else:
+            told = [f"{spelling}{SECRET}"] if spelling.endswith("=") else [spelling, SECRET]
+            words.insert(min(place, len(words)), told)
+        parser = RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), DEFAULTS)
+
+        @one_line_errors
+        def main():
+            parsed = parse_recipe(parser, [word for pair in words for word in pair])
+            check_options(*parsed)
+            return parsed
+
+        said, parsed = io.StringIO(), None
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                parsed = main()
+        except SystemExit as exit:
+            assert exit.code == 2 and "Traceback" not in said.getvalue()
+        finally:
+            os.environ.pop("HF_TOKEN", None)
+            os.environ.update({} if before is None else {"HF_TOKEN": before})
+        if parsed:
+            write_recipe(Path(folder, "recipe.yaml"), parser)
+            assert SECRET not in Path(folder, "recipe.yaml").read_text() + repr(parsed)
+            assert SECRET.encode() not in pickle.dumps(parsed[1])
+            for name, value in options.items():
+                if name != "learning_rate" or not parsed[2].use_peft:
+                    wanted = None if value == "none" and name == "kl_budget_per_token" else value
+                    assert value_of(parsed, name) == wanted, name
+    assert SECRET not in said.getvalue()
     event("accepted" if parsed else "refused")
 
 

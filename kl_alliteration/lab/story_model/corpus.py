@@ -18,6 +18,7 @@ thing that matters) and holds a body with slots and alternatives:
 import argparse
 import random
 import re
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,7 +277,7 @@ def lint(paths: list[Path] | None = None, draws: int = 40) -> list[str]:
         lengths = [len(text.split()) for text in texts]
         choices = len(SLOT.findall(skeleton.body)) + skeleton.body.count("|")
         repeated = {m[0] for t in texts for m in re.finditer(r"\b(\w+) \1\b", t.lower())} - {"had had", "that that"}
-        mean_length = sum(lengths) / draws
+        mean_length = statistics.fmean(lengths)
         checks = [
             (not skeleton.body.startswith("Once upon a time"), "does not start with 'Once upon a time'"),
             (bool(unused), f"variables never used: {unused}"),

@@ -35,6 +35,7 @@ from transformers import (
 from ...evaluation import judge
 from ...rewards import alliteration_reward
 from ...story_lm import MODEL_PATH, PROMPT
+from ..pages import escaped
 from .corpus import known_words, load_lexicon, load_skeletons, split_words, stories
 
 HELD_OUT_SEED = 1_000_003
@@ -87,7 +88,7 @@ REMEMBERED = "child animal person toy food place nature container clothes color 
 
 
 def build_model(args: StoryLMArguments, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """A Qwen2: a Llama with attention biases and with layers that can have a sliding window, here of 2 tokens.
+    """A Qwen2, which is a Llama with attention biases and, in some layers, a sliding window, here of 2 tokens.
 
     A layer that sees the token before, below one that sees all of them, is the pair that copying takes (Olsson et al.
     2022, arXiv 2209.11895, "induction heads"); full attention alone would have to find the first half of it.
@@ -284,8 +285,9 @@ language: en
 # The embedded story model
 
 A Qwen2 of {facts["parameters"]:,} parameters that writes young children's stories. This project made it from stories
-that this project wrote: {len(load_skeletons())} hand-written skeletons (`../stories/`) with slots for {entries:,}
-lexicon entries (`../lexicon.txt`), drawn by `../corpus.py`. To make it again:
+that this project wrote: {len(load_skeletons())} hand-written skeletons with slots for {entries:,}
+lexicon entries (`stories/` and `lexicon.txt` in `../../lab/story_model/`), drawn by `corpus.py` there. To make it
+again:
 
 ```
 python -m kl_alliteration.lab.story_model.train
@@ -300,7 +302,7 @@ another seed: {facts["held_out_loss"]:.3f} nats per token. It knows these plots 
 |---|---|
 """ + "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     card += "\n## Ten unselected samples, told to their end\n\n"
-    card += "\n".join(f"{i}. {PROMPT}{text}" for i, text in enumerate(facts["stories"], 1)) + "\n"
+    card += "\n".join(f"{i}. {escaped(PROMPT + text)}" for i, text in enumerate(facts["stories"], 1)) + "\n"
     Path(args.output_dir, "README.md").write_text(card, encoding="utf-8")
     print("\n".join(f"{name}: {value}" for name, value in facts.items() if name != "stories"))
 

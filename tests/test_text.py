@@ -1,9 +1,13 @@
+"""Counts on texts: alliterations, and how different they are."""
+
+import zlib
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kl_alliteration import alliteration_reward
-from kl_alliteration.text import count_alliterations
+from kl_alliteration.text import compression_ratio, count_alliterations, different_share, distinct_n
 
 
 @pytest.mark.parametrize(
@@ -53,3 +57,21 @@ def test_never_raises_and_agrees_with_a_plain_loop(prompt, completion):
 def test_odd_texts(text):
     (reward,) = alliteration_reward([""], [text])
     assert 0 <= reward <= len(text.split())
+
+
+def test_different_share_by_hand():
+    assert different_share(["a", "b", "a", "c"]) == 0.75
+    assert different_share([]) == 0.0
+
+
+def test_distinct_by_hand():
+    # pairs: the tall, tall tree | the tall, tall tall, tall tall: 3 different of 5
+    assert distinct_n(["The tall tree.", "the tall tall, tall"], 2) == pytest.approx(3 / 5)
+    assert distinct_n(["a b", "c"], 1) == 1.0
+    assert distinct_n(["word"], 2) == 0.0
+
+
+def test_compression_ratio_against_zlib():
+    text = "to the tall tall tall " * 50
+    assert compression_ratio([text]) == len(text) / len(zlib.compress(text.encode(), 9)) > 20
+    assert compression_ratio([]) == 0.0

@@ -57,8 +57,8 @@ def test_pairs_of_a_model(tiny_model, tmp_path):
     ("text", "says"),
     [
         ("", "has no pairs"),
-        ("{", "no file of pairs .JSONDecodeError"),
-        ('{"prompt": "a"}', "no file of pairs .KeyError"),
+        ("{", "no file of pairs.* .JSONDecodeError"),
+        ('{"prompt": "a"}', "no file of pairs.* .KeyError"),
     ],
 )
 def test_what_is_no_file_of_pairs(tmp_path, text, says):

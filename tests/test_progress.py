@@ -39,7 +39,7 @@ def test_story_table_shows_stories_as_text_not_as_markup(make_trainer):
         shown["asked"] = trainer.state.global_step
         return ["[bold]Once"] * 8, [" [red]tall tree[/nope]\x1b[31m\x9b2J\x07"] * 8, {"reward": [3.0] * 8}
 
-    import kl_alliteration.callbacks as module
+    import kl_alliteration.lab.progress as module
 
     original, module.last_completions = module.last_completions, last_completions
     try:

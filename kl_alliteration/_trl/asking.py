@@ -1,0 +1,48 @@
+"""What a trainer asks its model and its rewards, for whoever asks the same beside the training: by TRL's own code."""
+
+import json
+from collections import defaultdict
+
+import torch
+from trl.data_utils import _tokenize
+
+
+def reference_of(trainer):
+    """The reference as a model of its own, TRL's or one that was loaded in its place; `None` where there is none."""
+    seam = vars(trainer).get("_kl_alliteration_seam")
+    return trainer.ref_model if seam is None or seam.scorer.own_reference is None else seam.scorer.own_reference
+
+
+def prompt_ids(trainer, rows: list[dict]) -> list[list[int]]:
+    """The tokens of the prompts of B rows of a data set, as this trainer makes them."""
+    if hasattr(trainer, "_tokenize_prompts"):  # RLOO, GRPO: `args.chat_template_kwargs` for all
+        return trainer._tokenize_prompts([row["prompt"] for row in rows])[0]
+    return [preference_prompt_ids(trainer.processing_class, row) for row in rows]
+
+
+def preference_prompt_ids(tokenizer, row: dict) -> list[int]:
+    """The same of one row, as DPO makes them: with the row's own `tools` and `chat_template_kwargs`."""
+    if not isinstance(row["prompt"], list):
+        return list(_tokenize(tokenizer, row["prompt"])["input_ids"])
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    options = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+    return list(_tokenize(tokenizer, row["prompt"], add_generation_prompt=True, **options)["input_ids"])
+
+
+def total_rewards(trainer, rows: list[dict], completions: list, completion_ids: list[list[int]]) -> list[float]:
+    """The rewards of an online trainer for completions of B rows, weighted and summed as it does.
+
+    NaN where none applies. Nothing of it gets into the trainer's logs. With several processes all have to call this,
+    each with B rows.
+    """
+    before = trainer._pending_metrics, trainer._pending_extra_logs
+    trainer._pending_metrics, trainer._pending_extra_logs = defaultdict(list), defaultdict(list)
+    try:
+        prompts = [row["prompt"] for row in rows]
+        found = type(trainer)._calculate_rewards(trainer, rows, prompts, completions, completion_ids)
+    finally:
+        trainer._pending_metrics, trainer._pending_extra_logs = before
+    found = found[trainer.accelerator.process_index * len(rows) :][: len(rows)]  # (B, functions)
+    total = (found * trainer.reward_weights.to(found.device)).nansum(1)  # (B,)
+    return total.masked_fill(found.isnan().all(1), torch.nan).tolist()

@@ -1,0 +1,105 @@
+"""How a run is judged before and after: by what its trainer hands to the model and to the rewards."""
+
+import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import yaml
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .._trl import asking
+from ..adapters import is_adapter, load_adapter
+from ..evaluation import Judgement, judge, tokenize_prompts
+from ..sampling import use_fast_generate
+from ..story_lm import MODEL_PATH, PROMPT
+from .checked_rewards import ranking_reward
+from .inputs import load_prompts
+from .options import ALLITERATION, StoryArguments
+
+# Columns of a preference data set that no reward is handed, and what a trainer adds to its rows.
+NO_COLUMNS = ("prompt", "chosen", "rejected", "completion", "prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def total_reward(trainer):
+    """The rewards of a trainer that samples, asked, weighted and summed by its own code, for [`~evaluation.judge`].
+
+    Async ones and reward models too. `None` where none of them applies.
+    """
+
+    def reward(prompts, completions, completion_ids, **columns) -> list[float | None]:
+        own = {name: columns[name] for name in columns if name not in ("trainer_state", "log_extra", "log_metric")}
+        rows = [
+            {"prompt": prompt} | dict(zip(own, values, strict=True))
+            for prompt, *values in zip(prompts, *own.values(), strict=True)
+        ]
+        found = asking.total_rewards(trainer, rows, completions, completion_ids)
+        return [None if value != value else value for value in found]
+
+    return reward
+
+
+def judge_policy(trainer, stories: int, reward, max_new_tokens: int, temperature: float, adapted: bool) -> Judgement:
+    """Fresh stories of the first prompts of a trainer's data set from the policy as it is now.
+
+    Every process judges the same ones. Without an adapter the reference is the trainer's own.
+    """
+    dataset = trainer.train_dataset.select(range(min(stories, len(trainer.train_dataset))))
+    rows = [dataset[i % len(dataset)] for i in range(stories)]
+    removed = trainer.args.remove_unused_columns and hasattr(trainer, "reward_funcs")  # before its rewards see them
+    names = [] if removed else [name for name in dataset.column_names if name not in NO_COLUMNS]
+    return judge(
+        trainer.accelerator.unwrap_model(trainer.model),
+        trainer.processing_class,
+        [row["prompt"] for row in rows],
+        reward,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        ref_model=(reference := asking.reference_of(trainer)),
+        adapter_off_is_reference=adapted and reference is None,
+        columns={name: [row[name] for row in rows] for name in names},
+        tokenize=partial(asking.prompt_ids, trainer),
+    )
+
+
+def judge_run(folder: str | Path, stories: int, seed: int = 1) -> Judgement:
+    """Fresh stories of what a finished run of any recipe left, and the KL to the base that it started from.
+
+    The prompts, the rewards and the lengths are those of its `recipe.yaml`; the base is the reference whatever the
+    run's own was, and also where it had none.
+    """
+    options = yaml.safe_load(Path(folder, "recipe.yaml").read_text(encoding="utf-8")) or {}
+    base = options.get("model_name_or_path", str(MODEL_PATH))
+    adapter = is_adapter(str(folder))
+    model = load_adapter(str(folder), base) if adapter else AutoModelForCausalLM.from_pretrained(folder)
+    model.to(PartialState().device).eval()
+    use_fast_generate(model)
+    ref_model = None if adapter else AutoModelForCausalLM.from_pretrained(base).to(model.device).eval()
+    rewards = options.get("reward_funcs", [ALLITERATION])
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    named = {name: getattr(StoryArguments, name, None) for name in ("dataset_name", "dataset_config")}
+    named |= {"dataset_train_split": "train", "prompt": PROMPT}
+    prompts = load_prompts(SimpleNamespace(**named | {k: options[k] for k in named if k in options}), 1)
+    rows = [prompts[i % len(prompts)] for i in range(stories)]
+    shared = options.get("chat_template_kwargs") or {}
+    shared = json.loads(shared) if isinstance(shared, str) else shared
+
+    def tokenize(rows: list[dict]) -> list[list[int]]:
+        if any(row.get("chat_template_kwargs") for row in rows):
+            return [asking.preference_prompt_ids(tokenizer, row) for row in rows]
+        return tokenize_prompts(tokenizer, rows, **shared)
+
+    return judge(
+        model,
+        tokenizer,
+        [row["prompt"] for row in rows],
+        ranking_reward([rewards] if isinstance(rewards, str) else rewards),
+        max_new_tokens=options.get("max_completion_length", 100),
+        temperature=options.get("temperature", 1.0),
+        ref_model=ref_model,
+        adapter_off_is_reference=adapter,
+        seed=seed,
+        columns={name: [row[name] for row in rows] for name in prompts.column_names if name != "prompt"},
+        tokenize=tokenize,
+    )

@@ -1,0 +1,86 @@
+"""Which options of generation leave the sampled distribution alone, and what is said where one does not."""
+
+import copy
+import warnings
+
+from transformers import GenerationConfig
+
+from .kl import SAMPLED, KLWarning
+
+# What changes the distribution token by token, and is sampled by temperature, top-k, top-p and min-p here.
+WARPERS = {"temperature": (1.0,), "top_k": (0,), "top_p": (1.0,), "min_p": (0.0,)}
+# How long and how often, not from which distribution: ends, padding, caches, what is returned.
+INDIFFERENT = {
+    "bos_token_id", "cache_config", "cache_implementation", "compile_config", "continuous_batching_config",
+    "decoder_start_token_id", "disable_compile", "do_sample", "eos_token_id", "max_length", "max_new_tokens",
+    "pad_token_id", "prefill_chunk_size", "transformers_version", "use_cache",
+}  # fmt: skip
+# Values with which an option does nothing, beside `None`, `False` and what transformers has as its default.
+NEUTRAL = {"encoder_repetition_penalty": 1.0, "guidance_scale": 1.0, "min_new_tokens": 0}
+
+
+def merged(config: GenerationConfig, model_config: GenerationConfig | None) -> GenerationConfig:
+    """What `generate` samples by: what is left unset comes from the model's own configuration, then from the defaults.
+
+    As transformers 5.23 does in `generation/utils.py`, `_prepare_generation_config`.
+    """
+    config = copy.deepcopy(config)
+    if model_config is not None:
+        config.update(**model_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+    config.update(**GenerationConfig._get_default_generation_params(), defaults_only=True)
+    return config
+
+
+def beyond_warpers(config: GenerationConfig) -> dict:
+    """The options, other than temperature, top-k, top-p and min-p, that have a value which may do something.
+
+    An option that nobody here has heard of counts as one that does something, unless it is unset.
+    """
+    neutral = GenerationConfig._get_default_generation_params() | NEUTRAL
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if not name.startswith("_")
+        and name not in WARPERS
+        and name not in INDIFFERENT
+        and value is not None
+        and value is not False
+        and not (name in neutral and value == neutral[name])
+    }
+
+
+def warn_of_sampling(trainer, estimator: str) -> None:
+    """Warn where completions are not drawn from the distributions whose log-probabilities are compared."""
+    config = getattr(trainer, "generation_config", None)
+    if isinstance(config, GenerationConfig):
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        config = merged(config, getattr(model, "generation_config", None))
+        others = beyond_warpers(config)
+    else:  # vLLM, whose options are TRL's and `generation_kwargs`
+        config = GenerationConfig(**{name: getattr(trainer.args, name, None) for name in WARPERS})
+        others = {}
+        for name, value in (trainer.args.generation_kwargs or {}).items():
+            if name in WARPERS:
+                setattr(config, name, value)
+            else:
+                others[name] = value
+    warped = {
+        name: value
+        for name, neutral in WARPERS.items()
+        if (value := getattr(config, name, None)) is not None and name != "temperature" and value not in neutral
+    }
+    if (warped or others) and estimator in SAMPLED:
+        words = ", ".join(f"{name}={value}" for name, value in (warped | others).items())
+        warnings.warn(
+            f"{words}: completions are sampled from another distribution than the policy's, so sampled estimates of "
+            "the KL are biased; the estimator 'exact' is not, at the states that are visited.",
+            KLWarning,
+            stacklevel=3,
+        )
+    if trainer.args.temperature != 1:
+        warnings.warn(
+            f"temperature={trainer.args.temperature}: TRL divides the logits of policy and reference by it, so every "
+            "KL here is that of the tempered policies, not of the models at temperature 1.",
+            KLWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,298 @@
+"""One line that names the option, the file or the row, before the first model is loaded; and printing ends nothing."""
+
+import io
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import WORDS, word_tokenizer
+from programs import ROOT, run, script
+from transformers import AutoModelForCausalLM, SchedulerType
+from trl import DPOConfig, GRPOConfig, ModelConfig, RLOOConfig
+
+from kl_alliteration.evaluation import ask_reward
+from kl_alliteration.lab import options as options_module
+from kl_alliteration.lab import refusals
+from kl_alliteration.lab.inputs import check_lengths, load_prompts
+from kl_alliteration.lab.options import (
+    OnlineArguments,
+    PairArguments,
+    PenaltyArguments,
+    check_model_path,
+    check_options,
+)
+from kl_alliteration.lab.pairs import read_pairs
+from kl_alliteration.lab.parser import RecipeParser, parse_recipe
+from kl_alliteration.lab.progress import MetricsFileCallback
+from kl_alliteration.lab.survival import one_line_errors
+
+RECIPE = "rloo_tall_tree.py"
+KINDS = {
+    "rloo": (PenaltyArguments, RLOOConfig),
+    "grpo": (OnlineArguments, GRPOConfig),
+    "dpo": (PairArguments, DPOConfig),
+}
+
+
+def parsed(*words, kind: str = "rloo"):
+    """Options up to and with what is refused before a model is loaded."""
+    parser = RecipeParser((*KINDS[kind], ModelConfig), ROOT / f"recipes/{kind}_tall_tree.yaml")
+    found = parse_recipe(parser, ["--use_cpu", *map(str, words)])
+    check_options(*found)
+    return found
+
+
+def refused(*words, kind: str = "rloo") -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  (what it says is returned)
+        parsed(*words, kind=kind)
+    return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+LACKING = {
+    "reduce_lr_on_plateau": "lr_scheduler_type reduce_lr_on_plateau requires an eval strategy",
+    "greedy": "lr_scheduler_type greedy requires an eval strategy",
+    "cosine_with_min_lr": "lr_scheduler_kwargs: none with lr_scheduler_type 'cosine_with_min_lr': ValueError: One of",
+    "cosine_warmup_with_min_lr": "lr_scheduler_kwargs: none with lr_scheduler_type 'cosine_warmup_with_min_lr'",
+    "warmup_stable_decay": "lr_scheduler_kwargs: none with lr_scheduler_type 'warmup_stable_decay': TypeError: wsd",
+}
+
+
+@pytest.mark.parametrize("name", [each.value for each in SchedulerType])
+def test_every_scheduler_with_the_default_yaml(name):
+    """Its `timescale` is the YAML's scheduler's: it goes where another is typed; what a scheduler lacks, it says."""
+    if name in LACKING:
+        assert refused("--lr_scheduler_type", name).startswith(LACKING[name])
+    else:
+        _, training_args, _ = parsed("--lr_scheduler_type", name)
+        assert training_args.lr_scheduler_kwargs == ({"timescale": 100} if name == "inverse_sqrt" else None)
+
+
+def test_wrong_kwargs_of_a_scheduler_and_a_file_s_own(tmp_path):
+    words = "--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"timescale": 100}'
+    assert refused(*words).startswith("lr_scheduler_kwargs: {'timescale': 100} with lr_scheduler_type 'cosine'")
+    text = "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1.0e-5}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    assert parsed("--config", "mine.yaml")[1].lr_scheduler_kwargs == {"min_lr": 1e-5}
+    words = "--lr_scheduler_type", "warmup_stable_decay", "--lr_scheduler_kwargs", '{"num_decay_steps": 10}'
+    assert parsed(*words)[1].lr_scheduler_kwargs == {"num_decay_steps": 10}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--top_k", -1), "top_k must be >= 0; 0 takes all tokens, got -1"),
+        (("--temperature", 0), "temperature must be > 0, got 0"),
+        (("--temperature", "nan"), "temperature must be > 0, got nan"),
+        (("--temperature", "inf"), "temperature must be finite, got inf"),
+        (("--top_p", 0), "top_p must be in (0, 1]"),
+        (("--min_p", 2), "min_p must be in [0, 1]"),
+        (("--repetition_penalty", 0), "repetition_penalty must be > 0"),
+        (("--max_completion_length", 0), "max_completion_length must be >= 1"),
+        (("--report_to", "foo"), "report_to: 'foo' is none of "),
+        (("--model_name_or_path", "runs/tall_tre"), "model_name_or_path: there is no folder 'runs/tall_tre'"),
+        (("--reward_model_name_or_path", "runs/x"), "reward_model_name_or_path: there is no folder 'runs/x'"),
+        (("--output_dir", "a.txt"), "output_dir: 'a.txt' is a file"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_values(tmp_path, words, says, kind):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "a.txt").write_text("")
+    assert refused(*words, kind=kind).startswith(says)
+
+
+def test_dpo_has_its_own_two():
+    assert refused("--temperature", 0, kind="dpo").startswith("temperature must be > 0")
+    assert refused("--max_completion_length", 0, kind="dpo").startswith("max_completion_length must be >= 1")
+
+
+def test_a_place_of_logs_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(refusals, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    assert refused("--report_to", "wandb") == (
+        "report_to: wandb is not installed: pip install wandb, or --report_to none"
+    )
+    parsed("--report_to", "none")
+
+
+def test_a_hub_id_is_no_mistyped_folder(tmp_path):
+    check_model_path("model_name_or_path", "roneneldan/TinyStories-33M")
+    (tmp_path / "runs/tall_tree").mkdir(parents=True)
+    check_model_path("model_name_or_path", "runs/tall_tree")
+
+
+@pytest.mark.parametrize("word", ["off", "no", "Off", "NO", "off # comment"])
+def test_yaml_s_bare_off_and_no_are_words_where_words_are_taken(tmp_path, word):
+    name = "collapse_guard" if "off" in word.lower() else "save_strategy"
+    value = word if word in ("Off", "NO") else word.lower()
+    (tmp_path / "mine.yaml").write_text(f"{name}: {value}\nkl_monitor: {word}\nfast_sampling: yes\nuse_peft: on\n")
+    if word in ("Off", "NO"):  # the option's own word is in small letters
+        assert value in refused("--config", "mine.yaml")
+        return
+    args, training_args, model_args = parsed("--config", "mine.yaml")
+    assert (args.collapse_guard if name == "collapse_guard" else training_args.save_strategy.value) == word[:3].strip()
+    assert args.kl_monitor is False and args.fast_sampling is True and model_args.use_peft is True
+
+
+FILES = {
+    "broken.jsonl": (b'{"prompt": "a"}\n{"prompt": \n', "'broken.jsonl': row 2 is no JSON"),
+    "broken.json": (b'[{"prompt": "a"},', "'broken.json': no JSON"),
+    "bare.jsonl": (b"1\n2\n", "'bare.jsonl': row 1 is no object with a `prompt`: '1'"),
+    "empty.jsonl": (b"", "'empty.jsonl' is empty"),
+    "empty.csv": (b"\n", "'empty.csv' is empty"),
+    "wide.jsonl": ('{"prompt": "a"}\n'.encode("utf-16"), "'wide.jsonl' is UTF-16, not UTF-8: save it as UTF-8"),
+    "wide_le.csv": ("prompt\na\n".encode("utf-16-le"), "'wide_le.csv' is UTF-16"),
+    "latin.jsonl": (b'{"prompt": "a"}\n{"prompt": "\xe9"}\n', "'latin.jsonl', row 2: the byte 0xe9 is not UTF-8"),
+    "numbers.jsonl": (b'{"prompt": 1}\n', "'numbers.jsonl', row 1: the prompt is a int, 1; it must be text"),
+    "numbers.csv": (b"prompt\n1\n2\n", "'numbers.csv', row 1: the prompt is a int, 1; it must be text"),
+    "mixed.jsonl": (b'{"prompt": "a"}\n{"prompt": 2}\n', "'mixed.jsonl', row 2: the prompt is a int, 2"),
+    "none.jsonl": (b'{"prompt": "a"}\n{"prompt": null}\n', "'none.jsonl' holds an empty prompt, row 2"),
+    "list.jsonl": (b'{"prompt": ["a"]}\n', "'list.jsonl', row 1: the prompt is a list, but not one of messages"),
+    "other.csv": (b"text\na\n", "'other.csv' has no column `prompt`, only text"),
+    "broken.csv": (b'prompt\n"a\nb,c,d\n', "'broken.csv': ParserError"),
+    "notes.txt": (b"a", "'notes.txt' must be one of .json, .jsonl, .csv, .parquet, a folder or a Hub id"),
+    "bad.parquet": (b"PAR", "'bad.parquet': ArrowInvalid"),
+}
+
+
+def named(name: str) -> SimpleNamespace:
+    return SimpleNamespace(dataset_name=name, dataset_config=None, dataset_train_split="train")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_prompts(tmp_path, name, capfd):
+    content, says = FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="^dataset_name: ") as caught:
+        load_prompts(named(name), 1)
+    assert str(caught.value).removeprefix("dataset_name: ").startswith(says) and "\n" not in str(caught.value)
+    assert "Failed to" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nowhere.csv", "./nowhere", "here/nowhere"])
+def test_a_data_set_that_is_not_there(tmp_path, name):
+    (tmp_path / "here").mkdir()
+    with pytest.raises(ValueError, match=f"^dataset_name: there is no file( or folder)? '{name}'$"):
+        load_prompts(named(name), 1)
+
+
+def test_files_that_are_taken(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,target\nonce upon,x\nthere was,y\n")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n\n{"prompt": "b\xe2\x80\xa8c\xc2\x85d"}\n')
+    assert load_prompts(named("a.csv"), 1).to_list() == [
+        {"prompt": "once upon", "target": "x"},
+        {"prompt": "there was", "target": "y"},
+    ]
+    assert load_prompts(named("b.jsonl"), 1)["prompt"][:] == ["a", "b\u2028c\x85d"]
+
+
+def test_pairs_end_at_line_feeds_alone(tmp_path):
+    rows = [{"prompt": "a\u2028b", "chosen": "c\x85d", "rejected": "", "target": "e"}] * 2
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "pairs.jsonl").write_text(f"\ufeff{lines}\r\n", encoding="utf-8", newline="")
+    assert read_pairs(tmp_path / "pairs.jsonl").to_list() == rows
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match="^pairs_from: .*KeyError: no 'chosen'; line 3"):
+        read_pairs(tmp_path / "pairs.jsonl")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": 1, "rejected": "c"}\n')
+    with pytest.raises(ValueError, match="must be text or messages; line 1"):
+        read_pairs(tmp_path / "pairs.jsonl")
+
+
+def test_a_prompt_longer_than_the_context_and_a_tokenizer_of_another_model(tmp_path, monkeypatch):
+    """The embedded model has 512 positions; both are said before `from_pretrained` of any model."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    rows = [{"prompt": "once"}, {"prompt": "once " * 600}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(RECIPE, "--dataset_name", "long.jsonl", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "error: the prompt of row 2 has 6" in done.stderr
+    assert "with --max_completion_length 100 it is longer than the 512 positions of" in done.stderr
+    word_tokenizer([*WORDS, *(f"w{i}" for i in range(5_000))]).save_pretrained(tmp_path / "other")
+    done = run(RECIPE, "--tokenizer_name_or_path", "./other", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "error: tokenizer_name_or_path: the tokenizer has the id 50" in done.stderr
+    assert "has 4608 embeddings" in done.stderr
+
+
+def test_a_template_that_does_not_take_the_prompts(tiny_model):
+    def tokenize(rows):
+        raise RuntimeError("system role not supported")
+
+    tokenizer = word_tokenizer(WORDS)
+    model_args = SimpleNamespace(model_name_or_path=str(tiny_model), model_revision="main")
+    with pytest.raises(ValueError, match="^dataset_name: the chat template does not take the prompts: system role"):
+        check_lengths([{"prompt": "a"}], tokenize, tokenizer, model_args, SimpleNamespace(trust_remote_code=False), 5)
+
+
+def test_best_of_n_leaves_out_what_the_reward_does_not_apply_to(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def reward(completions, **kw):\n    return [None if i % 3 == 0 else 1.0 for i in range(len(completions))]\n"
+        "def never(completions, **kw):\n    return [None] * len(completions)\n"
+    )
+    words = "--stories", 60, "--largest_n", 20, "--max_new_tokens", 4, "--batch_size", 30
+    done = run("best_of_n.py", *words, "--reward_func", "mine.reward", cwd=tmp_path)
+    assert "20 of 60 stories are left out: the reward does not apply to them" in done.stdout
+    facts = json.loads((tmp_path / "runs/best_of_n/frontier.json").read_text())
+    assert facts["stories"] == 40 and all(p["reward"] == pytest.approx(1) for p in facts["frontier"])
+    done = run("best_of_n.py", *words, "--reward_func", "mine.never", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "largest_n must be at most half of the 0 stories" in done.stderr
+
+
+def test_a_run_shorter_than_logging_steps_is_logged_once(tmp_path, tiny_model):
+    words = "--max_steps 2 --num_generations 4 --per_device_train_batch_size 4 --max_completion_length 6"
+    words += " --report_to none --eval_stories 2 --logging_steps 100 --show_stories_every 0 --output_dir out"
+    done = run(RECIPE, *words.split(), cwd=tmp_path)
+    entries = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "reward" in entry] == [2]
+    assert "logging_steps 100 is more than the run's 2: logged at its end" in done.stdout
+
+
+def test_metrics_are_json_when_a_reward_is_not_a_number(tmp_path):
+    history = [{"reward": float("nan"), "kl": float("inf"), "step": 1}]
+    state = SimpleNamespace(is_world_process_zero=True, log_history=history, global_step=1)
+    args = SimpleNamespace(per_device_train_batch_size=2, gradient_accumulation_steps=1, world_size=1)
+    callback = MetricsFileCallback(SimpleNamespace(num_iterations=1, beta=0.5), tmp_path / "metrics.jsonl")
+    callback.on_train_begin(args, SimpleNamespace(is_world_process_zero=True, log_history=[]), None)
+    callback.on_log(args, state, None)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "reward": None, "kl": None, "step": 1, "generations": 2, "beta": 0.5,
+    }  # fmt: skip
+
+
+def test_no_letter_ends_a_run(tmp_path, monkeypatch):
+    """A terminal of 8 bits and a story with an emoji: a mark in its place, and everything is written as it is."""
+    raw = io.BytesIO()
+    terminal = io.TextIOWrapper(raw, encoding="cp1252", errors="strict")
+    words = "--max_steps 1 --num_generations 4 --per_device_train_batch_size 4 --max_completion_length 6"
+    words += " --report_to none --eval_stories 2 --logging_steps 1 --show_stories_every 1 --output_dir out"
+    code = compile(script(RECIPE).read_text(), str(script(RECIPE)), "exec")
+    monkeypatch.setattr(sys, "argv", [RECIPE, *words.split(), "--prompt", "Once \U0001f600 upon \u4e00 time"])
+    monkeypatch.setattr(sys, "stdout", terminal)
+    exec(code, {"__name__": "__main__", "__file__": str(script(RECIPE))})
+    terminal.flush()
+    assert b"Once ? upon ? time" in raw.getvalue()
+    assert "\U0001f600" in (tmp_path / "out/stories.md").read_text(encoding="utf-8")
+    assert (tmp_path / "out/summary.json").exists()
+
+
+def test_the_helper_leaves_a_terminal_without_errors_alone(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    one_line_errors(lambda: print("\U0001f600"))()
+    assert sys.stdout.getvalue() == "\U0001f600\n"
+
+
+def test_the_hub_is_asked_last(monkeypatch):
+    """Nothing is made at the Hub for a run that is refused."""
+    monkeypatch.setattr(options_module, "check_hub", lambda args: pytest.fail("asked"))
+    refused("--push_to_hub", "--top_k", -1)
+
+
+def test_none_is_does_not_apply():
+    found = ask_reward(lambda prompts, completions: [None, 2], [{"prompt": "a"}] * 2, ["b", "c"], [[1], [2]])
+    assert torch.tensor(found).isnan().tolist() == [True, False]
