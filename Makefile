@@ -6,7 +6,7 @@ CONFIG ?= $(if $(shell command -v nvidia-smi 2>/dev/null),single_gpu,cpu)
 ARGS ?=
 PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: tall-tree collapse test gpu test-oldest test-newest long lint story-model
+.PHONY: tall-tree collapse test bench gpu test-oldest test-newest long lint story-model
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,9 @@ test: $(BIN)/.installed
 
 long: $(BIN)/.installed  ## the checks that take minutes: killed and resumed, fuzzing
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s -m long $(ARGS)
+
+bench: $(BIN)/.installed  ## a step at short prompts against stock TRL's: three ratios, some ten minutes
+	$(BIN)/python benchmarks/shared_prompts.py --short $(ARGS)
 
 gpu: $(BIN)/.installed  ## what needs a card: under five minutes, figures into tests/gpu/figures.json
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/gpu -q -s $(ARGS)

@@ -5,7 +5,16 @@ import warnings
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoConfig, PrinterCallback, ProgressCallback
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    ProgressCallback,
+)
 from transformers.utils import logging
 from trl import RLOOConfig, RLOOTrainer
 
@@ -15,7 +24,7 @@ from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 TOKENS = 100
 
 
-def make_trainer(folder: str = str(MODEL_PATH), peft_config=None, **options) -> RLOOTrainer:
+def make_trainer(folder: str = str(MODEL_PATH), peft_config=None, prompt: str = PROMPT, **options) -> RLOOTrainer:
     """A stock trainer on the recipe's task, groups of 10, silent; `options` are RLOOConfig's."""
     defaults = {
         "output_dir": tempfile.mkdtemp(),
@@ -25,7 +34,7 @@ def make_trainer(folder: str = str(MODEL_PATH), peft_config=None, **options) -> 
         "learning_rate": 0.0,
         "save_strategy": "no",
         "report_to": "none",
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "bf16": torch.cuda.is_available(),
         "logging_steps": 1000,
     }
@@ -33,7 +42,7 @@ def make_trainer(folder: str = str(MODEL_PATH), peft_config=None, **options) -> 
         model=folder,
         reward_funcs=alliteration_reward,
         args=RLOOConfig(**defaults | options),
-        train_dataset=Dataset.from_dict({"prompt": [PROMPT] * 10_000}),
+        train_dataset=Dataset.from_dict({"prompt": [prompt] * 10_000}),
         peft_config=peft_config,
     )
     trainer.remove_callback(PrinterCallback)
@@ -60,6 +69,30 @@ def model_folder(name: str) -> str:
     folder = tempfile.mkdtemp()
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(MODEL_PATH).save_pretrained(folder)
+    return folder
+
+
+def llama_folder() -> str:
+    """A random Llama of 64 wide, 5 layers, 8 heads over 4 and 512 tokens, with a tokenizer of 512 words."""
+    torch.manual_seed(0)
+    folder = tempfile.mkdtemp()
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    words = {word: i for i, word in enumerate(["<eos>", "<pad>", "<unk>", *(f"w{i}" for i in range(509))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>", "padding_side": "left"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     return folder
 
 

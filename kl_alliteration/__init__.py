@@ -9,6 +9,7 @@ from .penalty import KLPenalty, KLPenaltyCallback
 from .references import MovingAverageReferenceCallback, ReferenceCallback, ResetReferenceCallback
 from .rewards import alliteration_reward
 from .sampling import use_fast_sampling
+from .shared_prompts import share_prompts
 
 __version__ = "0.2.0"
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "default_lora_config",
     "judge",
     "load_adapter",
+    "share_prompts",
     "use_fast_sampling",
 ]

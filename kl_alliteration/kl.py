@@ -321,6 +321,19 @@ def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def distinct_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each of B left-padded prompts' place among the U distinct ones, (B,), and a row with each of those, (U,).
+
+    (B, P) ids and mask; the distinct ones are in the order of their first rows.
+    """
+    ids = input_ids.masked_fill(attention_mask == 0, -1)
+    found, row = torch.unique(ids, dim=0, return_inverse=True)
+    rows = torch.arange(len(row), device=row.device)
+    first = rows.new_full((len(found),), len(row)).scatter_reduce(0, row, rows, "amin")
+    order = first.argsort()
+    return order.argsort()[row], first[order]
+
+
 def mean_difference(logps: torch.Tensor, others: torch.Tensor, mask: torch.Tensor) -> float:
     """Mean absolute difference of (B, T) log-probabilities over the counted tokens, in nats."""
     return (((logps - others).abs() * mask).sum() / mask.sum().clamp(min=1)).item()

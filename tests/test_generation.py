@@ -93,11 +93,10 @@ def test_the_logits_are_the_model_s(name, dtype):
     ids, mask = prompts(padded=False)
     decoder = read_decoder(model)
     assert decoder.head.packed == (dtype == torch.float32)
-    decoder.start(mask, 7)
     with torch.no_grad():
-        decoder.step(ids[:, :4])
+        decoder.start(ids[:, :4], mask[:, :4], 7)
         for place in (4, 5, 6):
-            found = decoder.step(ids[:, place : place + 1])
+            found = decoder.step(ids[:, place])
         torch.testing.assert_close(found, model(ids).logits[:, -1].float(), atol=1e-4, rtol=1e-4)
 
 

@@ -11,6 +11,9 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`, or `tests/test_grpo
 - `_compute_loss(model, inputs)` calls `_get_per_token_logps_and_entropies` once, and means its loss over B.
 - both calls end in the backbone, `base_model` of the causal language model, once a chunk of B, with the positions of
   prompt and completion; its `last_hidden_state` is what the LM head is applied to.
+- that call is `model(input_ids=, attention_mask=, labels=, fused_lm_head=True)` of a chunk of B, -100 among the labels
+  where no log-probability is asked for; with `shift_labels` in their place the head takes the backbone's states as
+  they are. `shared_prompts.py` leans on it, guarded by `tests/test_shared_prompts.py`.
 - `_metrics[mode]["kl"]` holds one mean log-ratio per generation batch, averaged at the next log.
 - `_step` counts micro-batches and `_buffered_inputs` holds those of the generation batch under way.
 - `_logs` holds the last generation batch, of all processes in their order: `prompt`, `completion`, `rewards` by name,

@@ -24,11 +24,11 @@ class OwnHead:
         """(N, H) -> (N, V) log-probabilities, in float32 or better."""
         backbone, states = self.model.base_model, hidden.unsqueeze(1)
         ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
-        backbone.forward = lambda *args, **kwargs: self.kind(last_hidden_state=states)
+        forward, backbone.forward = backbone.forward, lambda *args, **kwargs: self.kind(last_hidden_state=states)
         try:
             logits = self.model(input_ids=ids).logits[:, -1]
         finally:
-            del backbone.forward
+            backbone.forward = forward
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return torch.log_softmax(logits / self.temperature, dim=-1)
 
@@ -77,6 +77,12 @@ def choose_head(model, temperature: float):
         kl.KLWarning,
         stacklevel=2,
     )
+    backbone = set(model.base_model.modules())
+    if any(hasattr(module, "base_layer") for module in model.modules() if module not in backbone):
+        raise ValueError(
+            f"an adapter is on the head of {name}, which the KL would see in policy and reference alike: leave what "
+            "is not in its backbone out of lora_target_modules"
+        )
     own = OwnHead(model, output, temperature)
     model.eval()
     try:

@@ -11,6 +11,7 @@ from .. import kl
 from .first_batch import say_what_differs
 from .heads import OwnHead, choose_head, linear_head
 from .reference import load_reference, why_off_is_not_the_base
+from .shared_prompts import SharedPrompts
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Scorer:
         self.own_reference = None  # a model that is loaded here, where TRL made none or not the right one
         self._head_of = choose_head(self._causal_lm(trainer.model), trainer.temperature)
         self._hooked: list[torch.nn.Module] = []  # backbones whose states are kept
+        self._shared: dict[torch.nn.Module, SharedPrompts] | None = None  # by model, once prompts are shared
         self._states: list[torch.Tensor] | None = None  # of the forward pass under way, where anyone needs them
         if self.own_head:
             self.need_hidden_states()
@@ -67,14 +69,20 @@ class Scorer:
                 "DeepSpeed ZeRO-3 shards the LM head, whose gradient a full-vocabulary penalty in the loss needs: put "
                 "it into the reward, or use LoRA, ZeRO-2 or FSDP2"
             )
-        models = (self.trainer.model, self.trainer.ref_model, self.own_reference)
-        for causal_lm in [self._causal_lm(model) for model in models if model is not None]:
-            self._head_of(
-                causal_lm, self.trainer.temperature
-            )  # refuses what it cannot read now, not in the first batch
+        for causal_lm in self._models():
+            # Refuses what it cannot read now, not in the first batch.
+            self._head_of(causal_lm, self.trainer.temperature)
             if causal_lm.base_model not in self._hooked:
                 self._hooked.append(causal_lm.base_model)
-                causal_lm.base_model.register_forward_hook(torch.compiler.disable(self._keep_states))
+                # In front of the hook that leaves only the states that the head needs.
+                causal_lm.base_model.register_forward_hook(torch.compiler.disable(self._keep_states), prepend=True)
+
+    def share_prompts(self) -> None:
+        """From here on every model that scores computes each distinct prompt of a call once."""
+        self._shared = {} if self._shared is None else self._shared
+        for causal_lm in self._models():
+            if causal_lm not in self._shared:
+                self._shared[causal_lm] = SharedPrompts(causal_lm)
 
     def need_reference_at_beta_zero(self) -> None:
         """Score with the reference even when `beta` is 0: free of memory with LoRA, else a second model is loaded."""
@@ -87,6 +95,8 @@ class Scorer:
         self.own_reference = load_reference(self.trainer, self._causal_lm(self.trainer.model))
         if self._hooked:
             self.need_hidden_states()
+        if self._shared is not None:
+            self.share_prompts()
 
     def check_reference(self) -> None:
         """`ValueError` where the reference is the model with its adapter off, and that is not the base."""
@@ -119,9 +129,8 @@ class Scorer:
         self.checked, temperature = True, self.trainer.temperature
         if say_what_differs(self, model, scored.logps, *asked[:2], temperature):
             return scored
-        for each in (self.trainer.model, self.trainer.ref_model, self.own_reference):
-            if each is not None:
-                self._causal_lm(each).register_forward_pre_hook(self._place, with_kwargs=True)
+        for causal_lm in self._models():
+            causal_lm.register_forward_pre_hook(self._place, with_kwargs=True)
         return self.score(model, *asked, **kwargs)
 
     @contextmanager
@@ -160,6 +169,10 @@ class Scorer:
         hidden = policy.with_reference(reference.states, reference.head)
         ids, mask = input_ids[:, -length:], attention_mask[:, -length:]
         return kl.Rollout(policy.logps, reference.logps, ids, mask, hidden, base_logps=base_logps)
+
+    def _models(self) -> list:
+        models = self.trainer.model, self.trainer.ref_model, self.own_reference
+        return [self._causal_lm(model) for model in models if model is not None]
 
     def _causal_lm(self, model):
         model = self.trainer.accelerator.unwrap_model(model)

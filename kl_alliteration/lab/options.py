@@ -124,6 +124,9 @@ class OnlineArguments(StoryArguments):
     fast_sampling: bool = field(
         default=True, metadata={"help": "Sample with kl_alliteration's own decoder where it knows the model."}
     )
+    share_prompts: bool = field(
+        default=True, metadata={"help": "Compute a group's prompt once, and the LM head for what is counted only."}
+    )
     show_stories_every: int = field(default=30, metadata={"help": "Steps between tables of stories; 0 shows none."})
 
 

@@ -29,6 +29,7 @@ from ..references import (
 )
 from ..rewards import reward_model  # noqa: F401  (to register it)
 from ..sampling import use_fast_sampling
+from ..shared_prompts import share_prompts
 from .checked_rewards import load_rewards
 from .figures import plot_curves
 from .hub import push, write_card
@@ -60,6 +61,8 @@ def add_instruments(trainer, args: OnlineArguments) -> None:
         seam_of(trainer).baseline = args.baseline == "leave_one_out"
         exact = args.penalty.estimator == "exact"
         controlled = args.penalty.estimator if args.penalty.full_vocabulary else "k1"
+    if args.share_prompts:
+        share_prompts(trainer)
     if args.fast_sampling:
         use_fast_sampling(trainer)
     if args.kl_monitor:

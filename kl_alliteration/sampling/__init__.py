@@ -3,6 +3,8 @@
 import ctypes
 import platform
 
+import torch
+
 from .._trl import seam_of
 from .generate import use_fast_generate
 
@@ -41,5 +43,7 @@ def use_fast_sampling(trainer, one_forward: bool = True, keep_memory: bool = Tru
     if one_forward:
         seam_of(trainer).use_one_forward()
     use_fast_generate(
-        accelerator.unwrap_model(trainer.model), sharded=accelerator.distributed_type in ("FSDP", "DEEPSPEED")
+        accelerator.unwrap_model(trainer.model),
+        sharded=accelerator.distributed_type in ("FSDP", "DEEPSPEED"),
+        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision),
     )

@@ -104,10 +104,9 @@ def sample(
     pad = config.pad_token_id if config.pad_token_id is not None else 0
     out = input_ids.new_full((batch, prompt + config.max_new_tokens), pad)
     out[:, :prompt] = input_ids
-    decoder.start(attention_mask, prompt + config.max_new_tokens)
     rows = torch.arange(batch, device=input_ids.device)  # that are still computed
     over = torch.zeros_like(rows, dtype=torch.bool)  # and that have ended nevertheless
-    logits = decoder.step(input_ids)
+    logits = decoder.start(input_ids, attention_mask, prompt + config.max_new_tokens)
     for place in range(prompt, prompt + config.max_new_tokens):
         tokens = draw(logits, config).masked_fill(over, pad)
         out[rows, place] = tokens
@@ -124,12 +123,14 @@ def sample(
                 decoder.keep(~over)
                 rows, tokens, over = rows[~over], tokens[~over], over[~over]
         if place + 1 < out.shape[1]:
-            logits = decoder.step(tokens[:, None])
+            logits = decoder.step(tokens)
     return out
 
 
 @torch.no_grad()
-def check_decoder(model, ids: torch.Tensor, attention_mask: torch.Tensor, eos, logps: torch.Tensor) -> None:
+def check_decoder(
+    model, ids: torch.Tensor, attention_mask: torch.Tensor, eos, logps: torch.Tensor, dtype=None
+) -> None:
     """`Unsupported` where the decoder's log-probabilities of what it sampled are not the model's, beyond rounding.
 
     Args:
@@ -149,13 +150,13 @@ def check_decoder(model, ids: torch.Tensor, attention_mask: torch.Tensor, eos, l
     finally:
         model.train(training)
     apart = kl.mean_difference(logps[:, :length], expected, counted)
-    if not apart <= kl.rounding(model.dtype):
+    if not apart <= kl.rounding(dtype or model.dtype):
         raise Unsupported(
             f"its log-probabilities of the first batch are {apart:.2g} nats per token off the model's own"
         )
 
 
-def use_fast_generate(model, sharded: bool = False) -> None:
+def use_fast_generate(model, sharded: bool = False, dtype: torch.dtype | None = None) -> None:
     """Replace `generate` of a model, full or LoRA, by this module's sampling, where that knows how and is right.
 
     It proves itself on the first batch, and on the first that is padded: where its log-probabilities are not the
@@ -164,6 +165,7 @@ def use_fast_generate(model, sharded: bool = False) -> None:
 
     Args:
         sharded (`bool`): No process has the whole weights (FSDP, DeepSpeed): keep the old `generate`, and say so.
+        dtype (`torch.dtype`, *optional*): What the model computes in under autocast.
     """
     original, said, proven = model.generate, set(), set()
     broken: list[str] = ["the weights are sharded"] if sharded else []  # why it is off for good
@@ -177,13 +179,13 @@ def use_fast_generate(model, sharded: bool = False) -> None:
         config = merged(generation_config, base.generation_config)
         check_options(config, others)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        padded, decoder = bool((mask == 0).any()), read_decoder(model)
+        padded, decoder = bool((mask == 0).any()), read_decoder(model, dtype)
         if padded in proven:
             return sample(decoder, input_ids, mask, config)
         try:
             logps = torch.zeros(min(CHECKED, len(input_ids)), config.max_new_tokens, device=input_ids.device)
             ids = sample(decoder, input_ids, mask, config, logps)
-            check_decoder(model, ids, mask, config.eos_token_id, logps)
+            check_decoder(model, ids, mask, config.eos_token_id, logps, dtype)
         except Unsupported as reason:
             broken.append(str(reason))
             raise

@@ -4,9 +4,12 @@ import torch
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether this torch packs this weight: float32 on a CPU with oneDNN, and the operators are there."""
+    """Whether this torch packs this weight: on a CPU with oneDNN, in float32, or in bfloat16 where the CPU has it."""
     known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    return known and weight.device.type == "cpu" and weight.dtype == torch.float32
+    if not known or weight.device.type != "cpu":
+        return False
+    half = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return weight.dtype in (torch.float32, half)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

@@ -149,10 +149,10 @@ def test_the_decoder_is_the_model(family):
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     logits = model(input_ids=expected, attention_mask=mask, position_ids=places).logits
     decoder = read_decoder(model)
-    decoder.start(mask[:, : ids.shape[1]], expected.shape[1])
-    torch.testing.assert_close(decoder.step(ids), logits[:, ids.shape[1] - 1], atol=1e-4, rtol=1e-4)
+    found = decoder.start(ids, mask[:, : ids.shape[1]], expected.shape[1])
+    torch.testing.assert_close(found, logits[:, ids.shape[1] - 1], atol=1e-4, rtol=1e-4)
     for place in range(ids.shape[1], expected.shape[1]):
-        found = decoder.step(expected[:, place : place + 1])
+        found = decoder.step(expected[:, place])
         torch.testing.assert_close(found, logits[:, place], atol=1e-4, rtol=1e-4)
 
 
