@@ -19,11 +19,14 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from common import llama_folder, make_trainer, model_folder, quiet
 from peft import LoraConfig
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 
-from kl_alliteration import share_prompts, use_fast_sampling
+from kl_alliteration import kl, share_prompts, use_fast_sampling
+from kl_alliteration.sampling.decoder import read_decoder
+from kl_alliteration.sampling.generate import sample
 
 SMOLLM2 = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
 TEXT = "There was a tall tree by the lake, and a little bird who told it about the town on the other side. " * 60
@@ -121,15 +124,40 @@ def ratio(rounds: list[tuple[list[float], list[float]]], part: int) -> str:
 
 
 def short(rounds: int, steps: int) -> None:
-    print("| | threads | stock step (s) | step / stock |\n|---|---|---|---|")
+    print("| | threads | stock step (s) | ours: generate, score, update (s) | step / stock |\n|---|---|---|---|---|")
     for name, shape in SHORT.items():
         if name.startswith("SmolLM2") and not SMOLLM2.is_dir():
-            print(f"| {name} | | | not there: {SMOLLM2.relative_to(SMOLLM2.parents[1])} |")
+            print(f"| {name} | | | | not there: {SMOLLM2.relative_to(SMOLLM2.parents[1])} |")
             continue
         for threads in (1, 2):
             found = in_turns(rounds, threads, steps, False, name, *shape)
             seconds = statistics.median(stock[0] for stock, _ in found)
-            print(f"| {name} | {threads} | {seconds:.2f} | {ratio(found, 0)} |", flush=True)
+            parts = ", ".join(f"{statistics.median(ours[part] for _, ours in found):.2f}" for part in (1, 2, 3))
+            print(f"| {name} | {threads} | {seconds:.2f} | {parts} | {ratio(found, 0)} |", flush=True)
+
+
+@torch.no_grad()
+def half_precision(model: str) -> None:
+    """How far bfloat16 is off, of 256 completions of 48 tokens that the decoder samples in it: nats per token."""
+    folder = folder_of(model)
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(TEXT, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :55].repeat(16, 1)
+    mask, config = torch.ones_like(ids), GenerationConfig(max_new_tokens=48, do_sample=True, pad_token_id=0)
+    rows = []
+    for _ in range(16):
+        sampled = torch.zeros(len(ids), 48)
+        texts = sample(read_decoder(policy, torch.bfloat16), ids, mask, config, sampled)
+        told = torch.ones_like(texts)
+        whole = kl.model_logps(policy, texts, told, 48)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = kl.model_logps(policy, texts, told, 48)
+        rows.append(torch.stack([sampled, whole, half]))
+    sampled, whole, half = torch.cat(rows, dim=1)
+    print("| | mean absolute difference | KL of the sampler from it |\n|---|---|---|")
+    for name, other in (("the model in float32", whole), ("the model under autocast", half)):
+        difference = sampled - other
+        error = difference.mean(1).std() / len(difference) ** 0.5
+        print(f"| {name} | {difference.abs().mean():.4f} | {difference.mean():.5f} +- {error:.5f} |")
 
 
 def main():
@@ -143,10 +171,14 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--half-precision", action="store_true", help="the error of bfloat16, nothing else")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(*json.loads(args.measure))))
+        return
+    if args.half_precision:
+        half_precision(args.model)
         return
     if args.short:
         short(args.rounds, args.steps)

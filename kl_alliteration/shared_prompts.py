@@ -14,7 +14,7 @@ def share_prompts(trainer) -> None:
 
     The first batch, the first that is padded and the first with gradients prove it: four rows are computed both ways.
     Where they differ, prompts are computed once per completion, and the log says why, in one line. So it is with
-    dropout, gradient checkpointing, sharded weights (FSDP, ZeRO-3), images, and models whose cache does not hold all
-    of a prompt. Sampling shares prompts by [`use_fast_sampling`].
+    dropout, sharded weights (FSDP, ZeRO-3), images, and models whose cache does not hold all of a prompt; and, in the
+    loss, with gradient checkpointing. Sampling shares prompts by [`use_fast_sampling`].
     """
     seam_of(trainer).scorer.share_prompts()

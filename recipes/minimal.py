@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 
-from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback, judge, use_fast_sampling
+from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback, judge, share_prompts, use_fast_sampling
 from kl_alliteration.rewards import alliteration_reward
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 
@@ -38,6 +38,7 @@ trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("exact", "both", budge
 trainer.add_callback(KLMonitorCallback(trainer, exact=True))
 trainer.add_callback(Show())
 trainer.remove_callback(PrinterCallback)
+share_prompts(trainer)
 use_fast_sampling(trainer)
 trainer.train()
 for story in judge(trainer.model, trainer.processing_class, [PROMPT] * 2, alliteration_reward).texts:

@@ -86,6 +86,57 @@ def test_greedy_tokens_equal_those_of_generate(name, padded, lora):
     assert found.tolist() == expected.tolist()
 
 
+def grouped(padded: bool, columns: int = 40):
+    """Seven rows of three prompts, groups of 4, 2 and 1, in no order; beyond `SPLIT_FROM` columns."""
+    ids = torch.randint(2, V, (3, columns), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padded:
+        for row, gap in enumerate((0, 35, 7)):
+            ids[row, :gap], mask[row, :gap] = 1, 0
+    rows = torch.tensor([0, 1, 0, 2, 0, 1, 0])
+    return ids[rows], mask[rows]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_tokens_of_rows_that_share_prompts_equal_those_of_generate(name, padded, lora):
+    """The same keys for a group, until its rows part: each row begins with a token of its own, and ends on its own."""
+    model = build(name, lora)
+    ids, mask = grouped(padded)
+    decoder = read_decoder(model)
+    with torch.no_grad():
+        decoder.start(ids, mask, 60)
+        assert decoder.rows.split == 40 and decoder.cache[0].prompts[0].shape[0] == 3
+        first = torch.arange(2, 9)
+        seen = torch.cat([ids, first[:, None]], dim=1)
+        logits, kept = decoder.step(first), torch.arange(7)
+        for place in range(41, 60):
+            told = torch.cat([mask[kept], torch.ones(len(kept), place - 40, dtype=torch.long)], dim=1)
+            places = {} if "gpt" not in name else {"position_ids": kl.positions_of(told)}
+            expected = model(input_ids=seen[kept], attention_mask=told, **places).logits[:, -1]
+            torch.testing.assert_close(logits, expected.float(), atol=2e-4, rtol=1e-3)
+            if place in (45, 50, 55):  # rows end: the third, then all of one prompt, then the first that is left
+                going = kept != {45: 2, 50: 3, 55: 0}[place]
+                decoder.keep(going)
+                kept, logits = kept[going], logits[going]
+            tokens = logits.argmax(-1)
+            grown = torch.full((7, 1), 1)
+            grown[kept] = tokens[:, None]
+            seen = torch.cat([seen, grown], dim=1)
+            logits = decoder.step(tokens)
+
+
+def test_each_distinct_prompt_is_prefilled_once():
+    model = build("llama")
+    ids, mask = grouped(padded=False)
+    decoder = read_decoder(model)
+    seen, product = [], decoder.layers[0].qkv
+    decoder.layers[0].qkv = lambda x: seen.append(len(x)) or product(x)
+    generate.sample(decoder, ids, mask, options(max_new_tokens=2, eos_token_id=None))
+    assert seen == [3 * 40, 7]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["packed", "plain"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_logits_are_the_model_s(name, dtype):

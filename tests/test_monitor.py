@@ -125,6 +125,11 @@ def test_on_two_processes_k1_equals_the_stock_trainer_bit_for_bit(two_processes,
     assert two_processes[case] is True
 
 
+@pytest.mark.parametrize("case", ["shared-full-1", "shared-full-3", "shared-lora-1", "shared-lora-3"])
+def test_on_two_processes_shared_prompts_train_the_same_weights(two_processes, case):
+    assert two_processes[case] is True
+
+
 def test_on_two_processes_means_are_of_all_completions(two_processes):
     assert len(two_processes["lengths"]) == 8
     for name, value in two_processes["pooled"].items():

@@ -14,7 +14,7 @@ from transformers import (
     set_seed,
 )
 
-from kl_alliteration import KLMonitorCallback, use_fast_sampling
+from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback, share_prompts, use_fast_sampling
 from kl_alliteration.sampling import generate as generation
 from kl_alliteration.sampling import use_fast_generate
 from kl_alliteration.sampling.decoder import Unsupported, read_decoder
@@ -64,8 +64,8 @@ def test_a_decoder_that_is_right_is_used_and_checked_once(model, monkeypatch, sa
 def test_a_decoder_with_one_wrong_weight_is_caught_in_the_first_batch(model, monkeypatch, said, part):
     read = read_decoder
 
-    def broken(policy):
-        decoder = read(policy)
+    def broken(*args):
+        decoder = read(*args)
         if part == "embedding":
             decoder.embedding = decoder.embedding.clone()
             decoder.embedding[5, 3] += 0.5
@@ -240,6 +240,18 @@ def test_beta_zero_with_a_loaded_reference_and_fast_sampling(make_trainer):
     use_fast_sampling(trainer, keep_memory=False)
     trainer.train()
     assert trainer.state.log_history[1]["kl/exact_per_token"] > 0
+
+
+def test_under_mixed_precision_it_samples_in_what_the_model_computes_in(make_trainer, monkeypatch, said):
+    """As TRL trains by default on a GPU: weights in float32, `bf16=True`."""
+    decoders, read = [], generation.read_decoder
+    monkeypatch.setattr(generation, "read_decoder", lambda *args: decoders.append(read(*args)) or decoders[-1])
+    trainer = make_trainer(bf16=True, beta=0.1, max_steps=2)
+    trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("exact", "both")))
+    share_prompts(trainer)
+    use_fast_sampling(trainer)
+    trainer.train()
+    assert said() == [] and [decoder.head.dtype for decoder in decoders] == [torch.bfloat16] * 2
 
 
 def test_left_padding_is_checked_when_it_first_comes(tmp_path, monkeypatch, said):

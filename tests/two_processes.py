@@ -1,7 +1,8 @@
 """Run by tests/test_monitor.py on two processes, with the tiny model's folder.
 
-k1 in the reward against the stock trainer, full and LoRA, accumulation 1 and 3; the monitor's means against sums
-over the completions of both processes; a rule that moves beta, seen from both. Process 0 prints one line of JSON.
+k1 in the reward and shared prompts against the stock trainer, full and LoRA, accumulation 1 and 3; the monitor's means
+against sums over the completions of both processes; a rule that moves beta, seen from both. Process 0 prints one line
+of JSON.
 """
 
 import json
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from trl import RLOOConfig, RLOOTrainer
 
-from kl_alliteration import KLControlCallback, KLMonitorCallback, KLPenalty, KLPenaltyCallback, kl
+from kl_alliteration import KLControlCallback, KLMonitorCallback, KLPenalty, KLPenaltyCallback, kl, share_prompts
 from kl_alliteration.control import LogPIRule
 
 torch.set_num_threads(1)
@@ -115,6 +116,13 @@ def main(folder: str) -> None:
             same = history(ours) == expected[0]
             same = same and all(torch.equal(a, b) for a, b in zip(weights(ours), expected[1], strict=True))
             found[f"same-{'lora' if lora else 'full'}-{accumulation}"] = same
+            shared = make(folder, lora, accumulation)
+            share_prompts(shared)
+            shared.train()
+            scorer = shared._kl_alliteration_seam.scorer
+            proven = all(each.proven and each.off is None for each in scorer._shared.values())
+            near = [torch.allclose(a, b, atol=2e-4) for a, b in zip(weights(shared), expected[1], strict=True)]
+            found[f"shared-{'lora' if lora else 'full'}-{accumulation}"] = proven and all(near)
 
     trainer = make(folder, False, 1)
     KLPenaltyCallback(trainer, KLPenalty("k3", "both"))

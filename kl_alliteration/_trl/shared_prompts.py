@@ -7,6 +7,7 @@ carry gradients: the backward pass goes through each prompt once, too.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -48,9 +49,10 @@ class SharedPrompts:
         self.off: str | None = None  # why it is, for good
         self.said = False  # what gradient checkpointing does
         self.forward, self.backbone.forward = self.backbone.forward, self.forward_from_prompts
-        self.model.register_forward_pre_hook(self.begin, with_kwargs=True)
-        self.model.register_forward_hook(self.end, with_kwargs=True, always_call=True)
-        self.backbone.register_forward_hook(self.keep_wanted)
+        eager = partial(torch.compiler.disable, recursive=False)  # what is asked of a batch's numbers
+        self.model.register_forward_pre_hook(eager(self.begin), with_kwargs=True)
+        self.model.register_forward_hook(eager(self.end), with_kwargs=True, always_call=True)
+        self.backbone.register_forward_hook(eager(self.keep_wanted))
 
     def begin(self, model, args, kwargs):
         """Ask the LM head for the wanted tokens only, in one row."""

@@ -29,8 +29,9 @@ def use_fast_sampling(trainer, one_forward: bool = True, keep_memory: bool = Tru
     """Let a stock trainer sample its completions with this module: `generate` of its model is replaced.
 
     Supported are Llama, Qwen2, GPT-2 and GPT-Neo, full or LoRA, with temperature, top-k, top-p, min-p, any set of
-    end-of-text tokens and left padding. Dropout is off while sampling. Anything else goes to transformers' own
-    `generate` with one line in the log, and so do sharded weights (FSDP, DeepSpeed). With vLLM there is nothing to do.
+    end-of-text tokens and left padding, also in mixed precision. Each distinct prompt is computed once. Dropout is off
+    while sampling. Anything else goes to transformers' own `generate` with one line in the log, and so do sharded
+    weights (FSDP, DeepSpeed). With vLLM there is nothing to do.
 
     `one_forward`: where a generation batch is one update, the loss uses the scoring pass and its graph in place of a
     second forward pass. It holds the graph while the reference scores and the rewards are computed.

@@ -17,7 +17,7 @@ from runs import save, stock_trainer, time_limit
 from transformers import GenerationConfig
 from truth import Oracle
 
-from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback
+from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback, share_prompts
 from kl_alliteration._trl import UnknownTRLError
 from kl_alliteration.kl import KLWarning
 from kl_alliteration.sampling.decoder import READERS, read_decoder
@@ -52,14 +52,16 @@ def refusal(error: BaseException) -> bool:
     return ours or isinstance(error, UnknownTRLError)
 
 
-def one_step(folder: Path, **options) -> tuple[dict, str]:
-    """The largest differences of one step, and what the package said in warnings."""
+def one_step(folder: Path, shared: bool = False, **options) -> tuple[dict, str]:
+    """The largest differences of one step, and what the package said in warnings. `shared`: prompts are."""
     trainer = stock_trainer(folder, **options)
     move(trainer.model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", KLWarning)
         trainer.add_callback(KLPenaltyCallback(trainer, PENALTY))
         trainer.add_callback(KLMonitorCallback(trainer, exact=True))
+        if shared:
+            share_prompts(trainer)
         oracle = Oracle(trainer, PENALTY)
         trainer.train()
     assert oracle.counts == {"batches": 1, "losses": 1} and oracle.exact_per_token > 1e-3, oracle.exact_per_token
@@ -76,7 +78,7 @@ def stock_step(folder: Path, **options) -> str | None:
     return None
 
 
-def tried(family: str, folder: Path, **options) -> Found:
+def tried(family: str, folder: Path, shared: bool = False, **options) -> Found:
     """A family, from its registry entry to its numbers."""
     start, worst = time.perf_counter(), {}
 
@@ -93,7 +95,7 @@ def tried(family: str, folder: Path, **options) -> Found:
             alone = ""
             for run in ({}, {"router_aux_loss_coef": 0.0}):
                 try:
-                    worst, said = one_step(folder, **run)
+                    worst, said = one_step(folder, shared, **run)
                     break
                 except TimeoutError:
                     raise
@@ -162,11 +164,12 @@ def test_what_is_not_built_says_why():
 
 
 @pytest.mark.long
-def test_the_whole_registry(subtests, tmp_path):
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared prompts"])
+def test_the_whole_registry(subtests, tmp_path, shared):
     everything = []
     for family in FAMILIES:
         with subtests.test(family):
-            found = tried(family, tmp_path / family)
+            found = tried(family, tmp_path / family, shared)
             everything.append(found)
             print(found.row, flush=True)
             assert found.kind != "wrong", found.row
