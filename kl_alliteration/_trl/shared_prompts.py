@@ -20,6 +20,7 @@ logger = logging.get_logger(__name__)
 
 WORTH = 0.9  # of the tokens: where more of them are left, a second pass costs what it saves
 CHECKED = 4  # rows of the first batch that are computed both ways
+NEAR = 64  # tokens before and behind a prompt's end whose gradients are
 KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache"}  # arguments of a backbone that is shared
 
 
@@ -159,15 +160,13 @@ class SharedPrompts:
             raise Unshareable("the weights are sharded")
         if self.backbone.training and any_dropout(self.model):
             raise Unshareable("dropout is on, and is drawn once per completion: set disable_dropout=True")
-        rows = some_that_share(row, CHECKED)
-        few = {name: value[rows] if torch.is_tensor(value) else value for name, value in asked.items()}
-        alone = self.forward(**few).last_hidden_state[:, prompt - 1 :]
+        rows, near = some_that_share(row, CHECKED), slice(max(0, prompt - NEAR), prompt + NEAR)
         try:
-            parts = distinct_prompts(few["input_ids"][:, :prompt], few["attention_mask"][:, :prompt])
-            shared = self.shared(*parts, prompt, **few).last_hidden_state
-            seen = few["attention_mask"][:, prompt - 1 :].bool()
-            parameters = [p for p in self.model.parameters() if p.requires_grad] if graded else []
-            differs = what_differs(shared[seen], alone[seen], parameters)
+            with torch.no_grad():
+                differs = self.differs(cut(asked, rows), prompt, [])
+            if graded and not differs:  # near the prompt's end only: graphs of whole rows would be the peak of memory
+                parameters = [p for p in self.model.parameters() if p.requires_grad]
+                differs = self.differs(cut(asked, rows, near), prompt - near.start, parameters)
         except Unshareable:
             raise
         except Exception as error:
@@ -175,3 +174,15 @@ class SharedPrompts:
         if differs:
             raise Unshareable(differs)
         self.proven.add(key)
+
+    def differs(self, asked: dict, prompt: int, parameters: list[torch.Tensor]) -> str | None:
+        alone = self.forward(**asked).last_hidden_state[:, prompt - 1 :]
+        parts = distinct_prompts(asked["input_ids"][:, :prompt], asked["attention_mask"][:, :prompt])
+        shared = self.shared(*parts, prompt, **asked).last_hidden_state
+        seen = asked["attention_mask"][:, prompt - 1 :].bool()
+        return what_differs(shared[seen], alone[seen], parameters)
+
+
+def cut(asked: dict, rows: torch.Tensor, columns: slice = slice(None)) -> dict:
+    """These rows and columns of a call's (B, L) tensors."""
+    return {name: value[rows, columns] if torch.is_tensor(value) else value for name, value in asked.items()}

@@ -31,7 +31,9 @@ class Rows:
         order = row.argsort(stable=True)
         within = torch.arange(len(row), device=row.device) - (sizes.cumsum(0) - sizes)[row[order]]
         slots = torch.empty_like(row).scatter_(0, order, row[order] * self.group + within)
-        in_order = len(row) == self.prompts * self.group and bool((slots == torch.arange(len(row)).to(slots)).all())
+        in_order = len(row) == self.prompts * self.group and bool(
+            (slots == torch.arange(len(row), device=row.device)).all()
+        )
         self.slots = None if in_order else slots
         self._pick(row)
 
