@@ -29,11 +29,10 @@ class Rows:
         self.group = int(sizes.max())
         self.split = self.columns if self.columns >= SPLIT_FROM and self.group > 1 else 0
         order = row.argsort(stable=True)
-        within = torch.arange(len(row), device=row.device) - (sizes.cumsum(0) - sizes)[row[order]]
+        places = torch.arange(len(row), device=row.device)
+        within = places - (sizes.cumsum(0) - sizes)[row[order]]
         slots = torch.empty_like(row).scatter_(0, order, row[order] * self.group + within)
-        in_order = len(row) == self.prompts * self.group and bool(
-            (slots == torch.arange(len(row), device=row.device)).all()
-        )
+        in_order = len(row) == self.prompts * self.group and bool((slots == places).all())
         self.slots = None if in_order else slots
         self._pick(row)
 
