@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import EOS, FAMILIES, PAD, VOCAB, NotBuilt, build, in_a_line, model_class, move
+from peft import LoraConfig
 from runs import save, stock_trainer, time_limit
 from transformers import GenerationConfig
 from truth import Oracle
@@ -156,6 +157,15 @@ def test_the_decoder_is_the_model(family):
     for place in range(ids.shape[1], expected.shape[1]):
         found = decoder.step(expected[:, place])
         torch.testing.assert_close(found, logits[:, place], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*more than a linear head")
+def test_an_adapter_on_a_head_that_is_more_than_linear_is_refused(tmp_path):
+    """With `all-linear` PEFT puts one on BERT's transform, behind the backbone: policy and reference would share it."""
+    save(build("bert"), tmp_path)
+    trainer = stock_trainer(tmp_path, peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="an adapter is on the head of BertLMHeadModel"):
+        KLPenaltyCallback(trainer, PENALTY)
 
 
 def test_what_is_not_built_says_why():
