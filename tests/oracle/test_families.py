@@ -161,9 +161,10 @@ def test_the_decoder_is_the_model(family):
 
 @pytest.mark.filterwarnings("ignore:.*more than a linear head")
 def test_an_adapter_on_a_head_that_is_more_than_linear_is_refused(tmp_path):
-    """With `all-linear` PEFT puts one on BERT's transform, behind the backbone: policy and reference would share it."""
+    """`all-linear` puts one on BERT's transform, behind the backbone: policy and reference would share it."""
     save(build("bert"), tmp_path)
-    trainer = stock_trainer(tmp_path, peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    lora = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = stock_trainer(tmp_path, peft_config=lora, temperature=1.0)
     with pytest.raises(ValueError, match="an adapter is on the head of BertLMHeadModel"):
         KLPenaltyCallback(trainer, PENALTY)
 
