@@ -342,3 +342,8 @@ def mean_difference(logps: torch.Tensor, others: torch.Tensor, mask: torch.Tenso
 def rounding(dtype: torch.dtype) -> float:
     """How far apart, in nats a token, two ways of computing the same log-probabilities may be on average."""
     return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 0.05)
+
+
+def autocast_dtype(accelerator) -> torch.dtype | None:
+    """What an accelerator's mixed precision computes in; `None` without it."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)

@@ -204,10 +204,15 @@ def test_dropout_turns_it_off_with_the_remedy(tiny_model, said, tmp_path):
     folder = with_tokenizer(model, tiny_model, tmp_path)
     trainer = make(folder, disable_dropout=False, output_dir=str(tmp_path / "out"))
     share_prompts(trainer)
-    trainer.model.train()
-    score(trainer)
-    score(trainer)
+    with torch.no_grad():
+        trainer.model.eval()
+        score(trainer)
+        assert not said()  # an evaluation before training drops nothing
+        trainer.model.train()
+        score(trainer)
     assert len(said()) == 1 and "disable_dropout=True" in said()[0]
+    score(trainer)
+    assert len(said()) == 1
 
 
 def test_gradient_checkpointing_turns_it_off_in_the_loss_with_the_remedy(tiny_model, said):
@@ -219,7 +224,7 @@ def test_gradient_checkpointing_turns_it_off_in_the_loss_with_the_remedy(tiny_mo
         runs[shared] = trained(trainer)
     assert len(said()) == 1 and "activation_checkpointing=False" in said()[0]
     policy, reference = sharing(trainer)
-    assert policy.off is None and {graded for _, graded in policy.proven} == {False} and reference.proven
+    assert policy.off is None and {graded for _, graded, _ in policy.proven} == {False} and reference.proven
     assert_same(runs[True], runs[False])
 
 

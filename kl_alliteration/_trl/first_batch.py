@@ -22,8 +22,7 @@ def say_what_differs(scorer, model, scored, input_ids, attention_mask, temperatu
     inner, length = scorer.trainer.accelerator.unwrap_model(model), min(scored.shape[1], TOKENS)
     prompt = input_ids.shape[1] - scored.shape[1]
     ids, mask = input_ids[:ROWS, : prompt + length], attention_mask[:ROWS, : prompt + length]
-    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    computed_in = mixed.get(scorer.trainer.accelerator.mixed_precision, inner.dtype)
+    computed_in = kl.autocast_dtype(scorer.trainer.accelerator) or inner.dtype
     counted, training, found = mask[:, prompt:], inner.training, scored[:ROWS, :length]
 
     def differs(some, other) -> float:

@@ -46,7 +46,7 @@ class SharedPrompts:
     def __init__(self, causal_lm):
         self.model, self.backbone = causal_lm, causal_lm.base_model
         self.call: Call | None = None
-        self.proven: set[tuple[bool, bool]] = set()  # with padding, with gradients
+        self.proven: set[tuple[bool, bool, bool]] = set()  # with padding, with gradients, while training
         self.off: str | None = None  # why it is, for good
         self.said = False  # what gradient checkpointing does
         self.forward, self.backbone.forward = self.backbone.forward, self.forward_from_prompts
@@ -153,7 +153,7 @@ class SharedPrompts:
     def prove(self, row: torch.Tensor, asked: dict) -> None:
         """`Unshareable` where a few rows of a first batch come out otherwise than alone, states or gradients."""
         prompt, graded = self.call.prompt, torch.is_grad_enabled()
-        key = bool((asked["attention_mask"][:, :prompt] == 0).any()), graded
+        key = bool((asked["attention_mask"][:, :prompt] == 0).any()), graded, self.backbone.training
         if key in self.proven:
             return
         if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.model.parameters()):

@@ -3,9 +3,8 @@
 import ctypes
 import platform
 
-import torch
-
 from .._trl import seam_of
+from ..kl import autocast_dtype
 from .generate import use_fast_generate
 
 __all__ = ["keep_freed_memory", "use_fast_generate", "use_fast_sampling"]
@@ -46,5 +45,5 @@ def use_fast_sampling(trainer, one_forward: bool = True, keep_memory: bool = Tru
     use_fast_generate(
         accelerator.unwrap_model(trainer.model),
         sharded=accelerator.distributed_type in ("FSDP", "DEEPSPEED"),
-        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision),
+        dtype=autocast_dtype(accelerator),
     )

@@ -98,7 +98,7 @@ class Cache:
         if rows.padded and begin < rows.columns:
             hidden = ~rows.real[:, begin:last]
             scores = scores.view(batch, -1, scores.shape[-1]).masked_fill_(hidden[:, None], -torch.inf).view_as(scores)
-        p = scores.float().softmax(-1).to(values.dtype)
+        p = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
         if not of_prompts:
             return torch.bmm(p, values[:, :, seen].flatten(0, 1)).view(batch, -1)
         of_prompt, of_own = p.split([split - begin, p.shape[-1] - split + begin], dim=-1)
