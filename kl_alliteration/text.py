@@ -19,6 +19,13 @@ def as_text(prompt_or_completion) -> str:
     return " ".join(part.get("text", "") for content in parts for part in content)
 
 
+def as_dialogue(prompt) -> str:
+    """A prompt as a person reads it, before its completion: a conversation as its turns, a line each."""
+    if isinstance(prompt, str):
+        return prompt
+    return "".join(f"{message['role']}: {as_text([message])}\n" for message in prompt) + "assistant: "
+
+
 def full_text(prompt, completion) -> str:
     """Prompt and completion as one text; a conversation's turns are separate words."""
     separator = "" if isinstance(prompt, str) and isinstance(completion, str) else " "
@@ -84,6 +91,13 @@ def alliterating_pairs(words: list[str], initial: Callable[[str], str] = first_l
         if place:
             pairs.append(Pair(left, right, a, place))
     return pairs
+
+
+def pairs_per_100_words(texts: list[str]) -> float:
+    """Alliterating pairs of different words per 100 words of all texts, without the punctuation at words' ends."""
+    words = [[word for word in map(bare, text.split()) if word] for text in texts]
+    pairs = sum(not pair.identical for each in words for pair in alliterating_pairs(each))
+    return 100 * pairs / max(1, sum(map(len, words)))
 
 
 def identical_share(pairs: list[Pair]) -> float:

@@ -2,24 +2,32 @@
 
     python recipes/best_of_n.py                                   # the embedded model, 12,000 stories
     python recipes/best_of_n.py --runs runs/tall_tree runs/other  # with training runs drawn over it
+    python recipes/best_of_n.py --model_name_or_path models/smollm2-135m-instruct --temperature 0.7 \
+        --dataset_name recipes/instruct_held_out.jsonl --stories 8000 --max_new_tokens 64 \
+        --reward_func kl_alliteration.rewards.alliteration_in_25_words
 
 Keeping the best of n stories costs at most `log n - (n - 1) / n` nats per sequence (Beirami et al., arXiv 2401.01879),
 and needs no training: a trained policy should lie above it. Expected rewards are those of all subsets of size
-n of the stories that were sampled, with bootstrap bands. Into the output folder go `frontier.json` and `frontier.png`.
+n of the stories that were sampled, with bootstrap bands. The dashed curve is the least KL that any policy pays for a
+reward; it ends where the samples show no more. Of a data set every prompt gets its share of the stories, and the means
+over prompts count. Into the output folder go `frontier.json` and `frontier.png`.
 """
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from accelerate import PartialState
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
-from kl_alliteration.evaluation import ask_reward, best_of_n, plain_sampling, sample_rows
+from kl_alliteration.evaluation import ask_reward, best_of_n, least_kl, plain_sampling, sample_rows
 from kl_alliteration.lab.checked_rewards import load_rewards
 from kl_alliteration.lab.figures import plot_frontier, read_run
+from kl_alliteration.lab.gguf import as_folder
+from kl_alliteration.lab.inputs import load_prompts
 from kl_alliteration.lab.options import check_model_path
 from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.sampling import use_fast_generate
@@ -31,12 +39,16 @@ class Arguments:
     model_name_or_path: str = field(default=str(MODEL_PATH), metadata={"help": "Folder or Hub id of the reference."})
     output_dir: str = field(default="runs/best_of_n", metadata={"help": "Folder of frontier.json and frontier.png."})
     prompt: str = field(default=PROMPT, metadata={"help": "What every story starts with."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Prompts of a file, a folder or a Hub id in place of the one."}
+    )
     reward_func: str = field(
         default="kl_alliteration.rewards.alliteration_reward", metadata={"help": "Reward by dotted import path."}
     )
     stories: int = field(default=12_000, metadata={"help": "Stories to sample."})
     largest_n: int = field(default=3_000, metadata={"help": "The frontier's last point."})
     max_new_tokens: int = field(default=100, metadata={"help": "Tokens after the prompt."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampling."})
     batch_size: int = field(default=200, metadata={"help": "Stories sampled at a time."})
     seed: int = field(default=0, metadata={"help": "Seed of sampling and bootstrap."})
     runs: list[str] = field(default_factory=list, metadata={"help": "Folders of training runs to draw over it."})
@@ -46,38 +58,54 @@ class Arguments:
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     check_model_path("model_name_or_path", args.model_name_or_path)
-    if not 1 <= args.largest_n <= args.stories // 2:
-        raise ValueError(f"largest_n must be at least 1 and at most half of stories, got {args.largest_n}")
+    named = SimpleNamespace(**vars(args), dataset_config=None, dataset_train_split="train")
+    prompts = load_prompts(named, 1)["prompt"] if args.dataset_name else [args.prompt]
+    each = args.stories // len(prompts)
+    if not 1 <= args.largest_n <= each // 2:
+        raise ValueError(
+            f"largest_n must be at least 1 and at most half of a prompt's {each} stories, got {args.largest_n}"
+        )
     (reward,) = load_rewards([args.reward_func])
     runs = [read_run(folder) for folder in args.runs]
     set_seed(args.seed)
-    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="left")
+    path = as_folder(args.model_name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(path).to(PartialState().device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     use_fast_generate(model)
-    config = plain_sampling(model, tokenizer, args.max_new_tokens)
-    rewards: list[float] = []
-    for start in track(range(0, args.stories, args.batch_size), description="stories"):
-        count = min(args.batch_size, args.stories - start)
-        rows = [{"prompt": args.prompt}] * count
-        found = sample_rows(model, tokenizer, rows, config)
-        rewards += ask_reward(reward, rows, found.completions, found.completion_ids)
-    applied = [value for value in rewards if not math.isnan(value)]
-    if len(applied) < len(rewards):
-        left = len(rewards) - len(applied)
-        print(f"{left} of {len(rewards)} stories are left out: the reward does not apply to them")
-    if args.largest_n > len(applied) // 2:
-        raise ValueError(f"largest_n must be at most half of the {len(applied)} stories that have a reward")
-    rewards = applied
-    frontier = best_of_n(torch.tensor(rewards), args.largest_n, seed=args.seed)
+    config = plain_sampling(model, tokenizer, args.max_new_tokens, args.temperature)
+    rows = [{"prompt": prompt} for prompt in prompts for _ in range(each)]
+    found: list[float] = []
+    for start in track(range(0, len(rows), args.batch_size), description="stories"):
+        some = rows[start : start + args.batch_size]
+        sampled = sample_rows(model, tokenizer, some, config)
+        found += ask_reward(reward, some, sampled.completions, sampled.completion_ids)
+    rewards = torch.tensor(found).view(len(prompts), each)
+    left = int(rewards.isnan().sum())
+    if left:
+        print(f"{left} of {len(rows)} stories are left out: the reward does not apply to them")
+        if len(prompts) > 1:
+            raise ValueError("dataset_name: the reward must apply to every story where there are several prompts")
+        rewards = rewards[~rewards.isnan()][None]
+        if args.largest_n > rewards.numel() // 2:
+            raise ValueError(f"largest_n must be at most half of the {rewards.numel()} stories that have a reward")
+    frontier = best_of_n(rewards, args.largest_n, seed=args.seed)
+    spread = rewards.std(-1).mean().item() or 1.0
+    least = least_kl(rewards, [spread * 2 ** (i / 4) for i in range(-16, 17)])
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"stories": len(rewards), "model": Path(args.model_name_or_path).name, "frontier": frontier}
+    facts = {"stories": rewards.numel(), "model": Path(path).name, "frontier": frontier, "least_kl": least}
     (folder / "frontier.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    plot_frontier(frontier, runs, folder / "frontier.png")
+    plot_frontier(frontier, runs, folder / "frontier.png", least)
     print("| n | KL (nats per sequence) | reward | 95 % band |\n|---|---|---|---|")
     for point in frontier:
         band = f"{point['low']:.2f} to {point['high']:.2f}"
         print(f"| {point['n']} | {point['kl_per_sequence']:.2f} | {point['reward']:.2f} | {band} |")
+    print("\n| least KL (nats per sequence) | reward | price | effective samples |\n|---|---|---|---|")
+    for point in least:
+        cells = [f"{point[name]:.2f}" for name in ("kl_per_sequence", "reward", "price")]
+        print(f"| {' | '.join(cells)} | {point['effective_samples']:.0f} |")
     print(f"frontier.json, frontier.png: {folder}")
 
 

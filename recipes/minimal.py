@@ -11,7 +11,7 @@ from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback, jud
 from kl_alliteration.rewards import alliteration_reward
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # trl's affair
+warnings.filterwarnings("ignore", "`.*gradient_checkpointing` is deprecated")  # trl's affair
 
 
 class Show(TrainerCallback):
@@ -26,7 +26,7 @@ args = RLOOConfig(
     output_dir="runs/minimal", max_steps=40, logging_steps=5, save_strategy="no", report_to="none", disable_tqdm=True,
     num_generations=40, per_device_train_batch_size=40, max_completion_length=100, beta=1.0,
     learning_rate=3e-4, warmup_steps=30, lr_scheduler_type="constant_with_warmup",
-    activation_checkpointing=False, bf16=gpu, use_cpu=not gpu,
+    gradient_checkpointing=False, bf16=gpu, use_cpu=not gpu,
 )  # fmt: skip
 trainer = RLOOTrainer(
     model=str(MODEL_PATH),

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from kl_alliteration import alliteration_reward, judge
 from kl_alliteration.adapters import is_adapter, load_adapter
+from kl_alliteration.lab.gguf import as_folder
 from kl_alliteration.lab.options import check_model_path
 from kl_alliteration.lab.progress import shown
 from kl_alliteration.lab.survival import one_line_errors
@@ -30,6 +31,7 @@ class Arguments:
         default=None, metadata={"help": "Tokenizer, where it is not the model's own."}
     )
     prompt: str = field(default=PROMPT, metadata={"help": "What every story starts with."})
+    chat: bool = field(default=False, metadata={"help": "The prompt is a user's message, by the chat template."})
     stories: int = field(default=3, metadata={"help": "Stories to write."})
     max_new_tokens: int = field(default=100, metadata={"help": "Tokens after the prompt."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampling."})
@@ -52,8 +54,8 @@ def main():
         raise ValueError(f"temperature must be > 0 and finite, got {args.temperature}")
     if not args.prompt.strip():
         raise ValueError("prompt must not be empty")
-    name = args.model_name_or_path
-    check_model_path("model_name_or_path", name)
+    check_model_path("model_name_or_path", args.model_name_or_path)
+    name = as_folder(args.model_name_or_path)
     adapter = is_adapter(name)
     model = load_adapter(name, args.base_model_name_or_path) if adapter else AutoModelForCausalLM.from_pretrained(name)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or name, padding_side="left")
@@ -62,7 +64,8 @@ def main():
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
 
     def tell():
-        return judge(model, tokenizer, [args.prompt] * args.stories, alliteration_reward, **options)
+        prompt = [{"role": "user", "content": args.prompt}] if args.chat else args.prompt
+        return judge(model, tokenizer, [prompt] * args.stories, alliteration_reward, **options)
 
     columns = {"adapter on" if adapter else name: tell()}
     if adapter:

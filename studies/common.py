@@ -4,6 +4,7 @@ import argparse
 import warnings
 from pathlib import Path
 
+import torch
 from transformers.utils import logging
 
 from kl_alliteration.lab.sweep import ROOT, Run, run_all
@@ -26,7 +27,7 @@ def runs_parser(doc: str, folder: str) -> argparse.ArgumentParser:
 
 def run_groups(groups: dict[str, list[Run]], args: argparse.Namespace) -> dict[str, list[Path]]:
     """Bring all runs of `rloo_tall_tree` to their end; their folders by group. Exits where one failed."""
-    config = str(ROOT / "accelerate_configs/cpu.yaml")
+    config = str(ROOT / f"accelerate_configs/{'single_gpu' if torch.cuda.is_available() else 'cpu'}.yaml")
     if run_all([run for group in groups.values() for run in group], args.folder, config, args.at_a_time):
         raise SystemExit(1)
     return {name: [args.folder / run.name for run in group] for name, group in groups.items()}

@@ -38,7 +38,7 @@ TINY_RUN = {
     "use_cpu": True,
     "bf16": False,
     "disable_tqdm": True,
-    "activation_checkpointing": False,
+    "gradient_checkpointing": False,
 }
 
 

@@ -38,7 +38,7 @@ BETA = 0.7
 PLAIN = {
     "beta": BETA,
     "model_init_kwargs": {"dtype": torch.float64},
-    "activation_checkpointing": False,
+    "gradient_checkpointing": False,
     "report_to": "none",
     "use_cpu": True,
     "bf16": False,

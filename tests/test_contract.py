@@ -51,7 +51,7 @@ def enumerated(enumerated_model, tmp_path, monkeypatch):
                 num_generations=len(completions),
                 max_completion_length=STEPS,
                 model_init_kwargs={"dtype": torch.float64},
-                activation_checkpointing=False,
+                gradient_checkpointing=False,
                 report_to="none",
                 use_cpu=True,
                 bf16=False,

@@ -299,7 +299,7 @@ def test_one_forward_makes_a_full_vocabulary_estimate_once(make_trainer, monkeyp
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_.*able` is deprecated:FutureWarning")  # TRL calls it so
 @pytest.mark.parametrize(
-    "options", [{"num_iterations": 2}, {"gradient_accumulation_steps": 2}, {"activation_checkpointing": True}]
+    "options", [{"num_iterations": 2}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}]
 )
 def test_one_forward_is_off_where_a_batch_is_not_one_update(make_trainer, options):
     trainer = make_trainer(**options)

@@ -16,14 +16,18 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
 import transformers
 import yaml
+from gguf_files import tiny_llama, write_gguf
 from hub_server import HubServer
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from programs import ROOT, run
 from trl import ModelConfig, RLOOConfig
 
+from kl_alliteration.adapters import load_adapter
+from kl_alliteration.lab.gguf import as_folder
 from kl_alliteration.lab.options import PenaltyArguments
 from kl_alliteration.lab.parser import RecipeParser, parse_recipe
 
@@ -183,3 +187,34 @@ def test_a_hub_that_dies_in_the_middle_of_a_push_loses_nothing(hub, at_hub, here
     (later,) = [line for line in done.stdout.splitlines() if line.startswith("hf upload")]
     assert at_hub(*shlex.split(later)).returncode == 0
     assert "adapter_model.safetensors" in hub.files(REPO) and "training_args.bin" not in hub.files(REPO)
+
+
+def test_an_adapter_on_a_gguf_file_loads_on_the_model_at_the_hub(hub, at_hub, here, tmp_path):
+    """By someone who has PEFT and not this package. The file is a copy of what is at the Hub, here an exact one."""
+    file, base = write_gguf(tiny_llama(), tmp_path / "tiny.gguf"), "ada/tiny-chat"
+    folder = as_folder(str(file), hub_id=base)
+    assert at_hub("hf", "repos", "create", base).returncode == 0
+    assert at_hub("hf", "upload", base, folder, ".").returncode == 0
+    prompts = [{"prompt": [{"role": "user", "content": word}]} for word in ("the cat", "a bat", "a fox")]
+    for name, rows in (("train", prompts[:2]), ("held_out", prompts[2:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = "--dataset_name train.jsonl --eval_dataset_name held_out.jsonl --learning_rate 0.1".split()
+    done = here(RECIPE, "--model_name_or_path", str(file), *PUSH, *data)
+    assert done.returncode == 0 and "log-probabilities agree" in done.stdout, done.stderr[-3000:]
+    files = hub.files(REPO)
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == base
+    card = files["README.md"].decode()
+    assert f"base_model: {base}" in card and f"A LoRA adapter for {base}, as the weights of `tiny.gguf`" in card
+    assert "user: a fox assistant:" in card and "the cat" not in card  # the topics that it was not trained on
+    code = re.search(r"```python\n(.*?)```", card, re.S)[1]
+    alone = f"import sys; sys.modules['kl_alliteration'] = None\n{code}\n"
+    alone += "import torch; print(model(torch.tensor([[5, 9, 12]])).logits.log_softmax(-1).flatten().tolist())"
+    theirs = at_hub(sys.executable, "-c", alone, home="stranger", token="")
+    assert theirs.returncode == 0, theirs.stderr[-3000:]
+    ours = load_adapter(str(tmp_path / "out"), folder)
+    expected = ours(torch.tensor([[5, 9, 12]])).logits.log_softmax(-1).flatten()
+    assert torch.allclose(torch.tensor(json.loads(theirs.stdout.splitlines()[-1])), expected, atol=1e-5)
+    with ours.disable_adapter():  # and it is an adapter that does something
+        assert not torch.allclose(
+            ours(torch.tensor([[5, 9, 12]])).logits.log_softmax(-1).flatten(), expected, atol=0.01
+        )

@@ -184,7 +184,7 @@ def test_grpo_takes_them_too(tiny_model, tmp_path):
     trainer = GRPOTrainer(
         model=str(tiny_model),
         reward_funcs=[rewards.distinct_alliteration, rewards.alliteration_on_t],
-        args=GRPOConfig(**options, save_strategy="no", activation_checkpointing=False, disable_tqdm=True),
+        args=GRPOConfig(**options, save_strategy="no", gradient_checkpointing=False, disable_tqdm=True),
         train_dataset=Dataset.from_dict({"prompt": ["once upon a time"] * 8}),
     )
     trainer.train()
@@ -193,7 +193,6 @@ def test_grpo_takes_them_too(tiny_model, tmp_path):
     assert logged["alliteration/pairs"] >= logged["rewards/distinct_alliteration/mean"]
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # TRL's own default
 def test_trl_s_own_script_takes_them_by_path(tiny_model, tmp_path):
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts/train.jsonl").write_text('{"prompt": "once upon a time"}\n' * 8)

@@ -218,11 +218,11 @@ def test_dropout_turns_it_off_with_the_remedy(tiny_model, said, tmp_path):
 def test_gradient_checkpointing_turns_it_off_in_the_loss_with_the_remedy(tiny_model, said):
     runs = {}
     for shared in (False, True):
-        trainer = make(tiny_model, activation_checkpointing=True)
+        trainer = make(tiny_model, gradient_checkpointing=True)
         if shared:
             share_prompts(trainer)
         runs[shared] = trained(trainer)
-    assert len(said()) == 1 and "activation_checkpointing=False" in said()[0]
+    assert len(said()) == 1 and "gradient_checkpointing=False" in said()[0]
     policy, reference = sharing(trainer)
     assert policy.off is None and {graded for _, graded, _ in policy.proven} == {False} and reference.proven
     assert_same(runs[True], runs[False])

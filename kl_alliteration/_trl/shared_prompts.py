@@ -111,7 +111,7 @@ class SharedPrompts:
         if on and not self.said:
             self.said = True
             logger.warning(
-                "gradient checkpointing lets the loss share no prompts: set activation_checkpointing=False, a shared "
+                "gradient checkpointing lets the loss share no prompts: set gradient_checkpointing=False, a shared "
                 "prompt saves memory, too"
             )
         return on

@@ -78,8 +78,8 @@ def read_run(folder: str | Path) -> dict:
     return {"name": Path(folder).name, "points": points}
 
 
-def plot_frontier(frontier: list[dict], runs: list[dict], path: str | Path) -> None:
-    """Reward over KL per sequence: best-of-n with its band, and runs from [`read_run`].
+def plot_frontier(frontier: list[dict], runs: list[dict], path: str | Path, least: list[dict] = ()) -> None:
+    """Reward over KL per sequence: best-of-n with its band, the least KL that a reward costs, runs from [`read_run`].
 
     A run may have a `color`, `labels` of its points, and `dots`, more points around its line.
     """
@@ -92,6 +92,10 @@ def plot_frontier(frontier: list[dict], runs: list[dict], path: str | Path) -> N
         last = frontier[-1]
         end = last["kl_per_sequence"], last["reward"]
         axis.annotate(f" best of n, to {last['n']:,}", end, fontsize=11, path_effects=HALO)
+    if least:
+        curve = [(point["kl_per_sequence"], point["reward"]) for point in least]
+        axis.plot(*zip(*curve, strict=True), color="0.2", linewidth=1.5, linestyle="--")
+        axis.annotate(" least KL", curve[-1], fontsize=11, path_effects=HALO)
     for i, (run, color) in enumerate(zip(runs, cycle(COLORS), strict=False)):
         color = run.get("color", color)
         axis.plot(*zip(*run["points"], strict=True), color=color, linewidth=1.5)

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ..adapters import EMBEDDED, check_agreement, load_adapter, probe
+from ..adapters import EMBEDDED, check_agreement, load_adapter, probe, read_origin
 from ..evaluation import Judgement
 from .pages import TEMPLATES, escaped, quoted
 
@@ -74,14 +74,17 @@ def write_card(folder: Path, trainer, penalty: str, rewards: list[str], before: 
         loader = "peft", "AutoPeftModelForCausalLM.from_pretrained"
     else:
         loader = "kl_alliteration.adapters", "load_adapter"
-    names = ("reward_mean", "kl_per_token", "kl_per_sequence", "different_share", "distinct_2", "entropy_per_token")
+    names = ("reward_mean", "pairs_per_100_words", "kl_per_token", "kl_per_sequence", "different_share", "distinct_2")
+    names += ("entropy_per_token", "ended_share", "mean_length")
+    own = model.get_base_model() if adapter else model
+    made_of = read_origin(own.config.name_or_path).get("file")
     rows = [(n, getattr(before, n), getattr(after, n)) for n in names]
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATES / "card.md"),
         name=repo_id.split("/")[-1],
         what="A LoRA adapter for" if adapter else "Fine-tuned from",
-        base=base,
+        base=base + (f", as the weights of `{escaped(made_of)}`" if made_of else ""),
         trained_with=trained_with,
         rewards=", ".join(f"`{name}`" for name in rewards),
         penalty=penalty,
@@ -125,7 +128,8 @@ def push(trainer, folder: Path) -> bool:
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     options = {"dtype": model.dtype, "trust_remote_code": args.trust_remote_code}
     if isinstance(model, PeftModel):
-        back = load_adapter(repo, adapter_revision=commit.oid, **options)
+        here = model.get_base_model().config.name_or_path  # the very weights, where the base came from a folder
+        back = load_adapter(repo, here if Path(here).is_dir() else None, adapter_revision=commit.oid, **options)
     else:
         back = AutoModelForCausalLM.from_pretrained(repo, revision=commit.oid, **options)
     difference = check_agreement(probe(back.eval()), probe(model), model.dtype, f"the model at {repo}")

@@ -1,5 +1,6 @@
 """What a recipe trains on, from its options: tokenizer, policy, prompts, pairs."""
 
+import copy
 import json
 import statistics
 from functools import partial
@@ -16,6 +17,7 @@ from ..sampling import use_fast_generate
 from ..text import as_text
 from .checked_rewards import ranking_reward
 from .datafiles import read_dataset
+from .gguf import as_folder
 from .options import PairArguments, StoryArguments
 from .pairs import FILE as PAIRS
 from .pairs import SIDES, prompts_of, read_pairs, sample_pairs, tokenize_rows, write_pairs
@@ -25,6 +27,8 @@ TOKENIZER_OF = {"roneneldan/TinyStories-33M": "EleutherAI/gpt-neo-125M"}
 
 
 def load_tokenizer(args: StoryArguments, model_args, training_args):
+    """The tokenizer; of a GGUF file, which is made a folder for all that follows, the file's own."""
+    model_args.model_name_or_path = as_folder(model_args.model_name_or_path)
     name = args.tokenizer_name_or_path or TOKENIZER_OF.get(
         model_args.model_name_or_path, model_args.model_name_or_path
     )
@@ -75,6 +79,15 @@ def load_prompts(args: StoryArguments, prompts_per_batch: int) -> Dataset:
     check_prompts(dataset, args.dataset_name)
     repeats = -(-prompts_per_batch // len(dataset))
     return dataset.select(list(range(len(dataset))) * repeats)
+
+
+def load_held_out(args: StoryArguments) -> Dataset | None:
+    """The prompts that are judged and not trained on, where there are any."""
+    if args.eval_dataset_name is None:
+        return None
+    named = copy.copy(args)
+    named.dataset_name = args.eval_dataset_name
+    return load_prompts(named, 1)
 
 
 def check_prompts(dataset: Dataset, name: str) -> None:

@@ -15,7 +15,8 @@ from ..evaluation import Judgement, judge, tokenize_prompts
 from ..sampling import use_fast_generate
 from ..story_lm import MODEL_PATH, PROMPT
 from .checked_rewards import ranking_reward
-from .inputs import load_prompts
+from .gguf import as_folder
+from .inputs import load_held_out, load_prompts
 from .options import ALLITERATION, StoryArguments
 
 # Columns of a preference data set that no reward is handed, and what a trainer adds to its rows.
@@ -41,11 +42,12 @@ def total_reward(trainer):
 
 
 def judge_policy(trainer, stories: int, reward, max_new_tokens: int, temperature: float, adapted: bool) -> Judgement:
-    """Fresh stories of the first prompts of a trainer's data set from the policy as it is now.
+    """Fresh stories of the first held-out prompts, or else of those of the training, from the policy as it is now.
 
     Every process judges the same ones. Without an adapter the reference is the trainer's own.
     """
-    dataset = trainer.train_dataset.select(range(min(stories, len(trainer.train_dataset))))
+    dataset = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
+    dataset = dataset.select(range(min(stories, len(dataset))))
     rows = [dataset[i % len(dataset)] for i in range(stories)]
     removed = trainer.args.remove_unused_columns and hasattr(trainer, "reward_funcs")  # before its rewards see them
     names = [] if removed else [name for name in dataset.column_names if name not in NO_COLUMNS]
@@ -70,7 +72,7 @@ def judge_run(folder: str | Path, stories: int, seed: int = 1) -> Judgement:
     run's own was, and also where it had none.
     """
     options = yaml.safe_load(Path(folder, "recipe.yaml").read_text(encoding="utf-8")) or {}
-    base = options.get("model_name_or_path", str(MODEL_PATH))
+    base = as_folder(options.get("model_name_or_path", str(MODEL_PATH)))
     adapter = is_adapter(str(folder))
     model = load_adapter(str(folder), base) if adapter else AutoModelForCausalLM.from_pretrained(folder)
     model.to(PartialState().device).eval()
@@ -78,9 +80,11 @@ def judge_run(folder: str | Path, stories: int, seed: int = 1) -> Judgement:
     ref_model = None if adapter else AutoModelForCausalLM.from_pretrained(base).to(model.device).eval()
     rewards = options.get("reward_funcs", [ALLITERATION])
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    named = {name: getattr(StoryArguments, name, None) for name in ("dataset_name", "dataset_config")}
+    names = ("dataset_name", "dataset_config", "eval_dataset_name")
+    named = {name: getattr(StoryArguments, name, None) for name in names}
     named |= {"dataset_train_split": "train", "prompt": PROMPT}
-    prompts = load_prompts(SimpleNamespace(**named | {k: options[k] for k in named if k in options}), 1)
+    given = SimpleNamespace(**named | {k: options[k] for k in named if k in options})
+    prompts = load_held_out(given) or load_prompts(given, 1)
     rows = [prompts[i % len(prompts)] for i in range(stories)]
     shared = options.get("chat_template_kwargs") or {}
     shared = json.loads(shared) if isinstance(shared, str) else shared

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..evaluation import judge
 from ..rewards import LETTER_SHARES
 from ..story_lm import MODEL_PATH, PROMPT
+from .gguf import as_folder
 from .survival import one_line_errors
 
 
@@ -38,11 +39,12 @@ def main():
     args = parser.parse_args()
     if args.stories < 1:
         raise ValueError(f"stories must be >= 1, got {args.stories}")
-    name = args.tokenizer_name_or_path or args.model_name_or_path
+    folder = as_folder(args.model_name_or_path)
+    name = args.tokenizer_name_or_path or folder
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     found = judge(
         model, tokenizer, [args.prompt] * args.stories, lambda prompts, completions: [0.0] * len(prompts),
         max_new_tokens=args.max_new_tokens,

@@ -11,6 +11,7 @@ from ..adapters import check_targets
 from ..guard import CollapseGuardCallback
 from ..penalty import KLPenalty
 from ..story_lm import PROMPT
+from .gguf import is_gguf
 from .hub import check_hub
 from .refusals import check_sampling, check_trainer_options
 
@@ -55,6 +56,9 @@ class StoryArguments(ScriptArguments):
         default=1800.0, metadata={"help": "Seconds after which a reward function has hung, and the run stops."}
     )
     eval_stories: int = field(default=100, metadata={"help": "Fresh stories that are judged before and after."})
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Prompts that are judged and not trained on. Default: those of the training."}
+    )
 
     adapter_learning_rate: float | None = field(
         default=None,
@@ -296,5 +300,5 @@ def check_model_path(name: str, path: str) -> None:
     """
     near = Path(path).parent != Path() and Path(path).parent.is_dir()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or near
-    if looks_local and not Path(path).is_dir():
-        raise ValueError(f"{name}: there is no folder {path!r}; name a folder or a Hub id such as user/model")
+    if looks_local and not Path(path).is_dir() and not is_gguf(path):
+        raise ValueError(f"{name}: there is no folder {path!r}; name a folder, a .gguf file or a Hub id: user/model")

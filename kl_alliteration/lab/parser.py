@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 from peft import PeftConfig
+from transformers import TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import is_tensorboard_available
 from transformers.utils import is_torch_bf16_gpu_available
@@ -24,11 +25,14 @@ from ..story_lm import MODEL_PATH
 from . import secrets
 from .options import PenaltyArguments, check_model_path
 
-# Names that transformers 5.17 gave new ones; TRL's default of the old one would warn.
-RENAMED = {
+# transformers 5.23 gave these options new names, and TRL's default of an old one warns there. Either name works with
+# either version: the one that this version lacks is read as the other.
+OLD_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+HAS_NEW_NAMES = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+RENAMED = OLD_NAMES if HAS_NEW_NAMES else {new: old for old, new in OLD_NAMES.items()}
 
 
 class RecipeParser(TrlParser):
@@ -45,7 +49,8 @@ class RecipeParser(TrlParser):
                 action.type = float_or_none
         # All linear layers but the head, by PEFT's own finding; dropout would act in sampling and in every score.
         self.set_defaults(lora_target_modules=["all-linear"], lora_dropout=0.0)
-        self.set_defaults(**{new: self.get_default(old) for old, new in RENAMED.items()})
+        if HAS_NEW_NAMES:
+            self.set_defaults(**{new: self.get_default(old) for old, new in RENAMED.items()})
 
     def canonical(self, words: list[str]) -> list[str]:
         """The command line with every option's name in one spelling, apart from its value."""

@@ -11,7 +11,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
 from .._trl import last_completions
-from ..text import as_text
+from ..text import as_dialogue, as_text
 from .runs import as_json
 
 CONTROL = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n"}
@@ -104,6 +104,6 @@ class StoryTableCallback(TrainerCallback):
             table.add_column("story", overflow="fold")
             rows = list(zip(prompts, completions, *rewards.values(), strict=True))[: self.stories]
             for prompt, completion, *values in rows:
-                story = shown(as_text(prompt), "dim") + shown(as_text(completion))
+                story = shown(as_dialogue(prompt), "dim") + shown(as_text(completion))
                 table.add_row(*(f"{value:.1f}" for value in values), story)
             self.console.print(table)

@@ -33,13 +33,23 @@ from ..shared_prompts import share_prompts
 from .checked_rewards import load_rewards
 from .figures import plot_curves
 from .hub import push, write_card
-from .inputs import check_lengths, load_policy, load_prompts, load_tokenizer, share_template_options
+from .inputs import check_lengths, load_held_out, load_policy, load_prompts, load_tokenizer, share_template_options
 from .judging import judge_policy
 from .options import CONTROLLERS, LATEST, OnlineArguments, PairArguments, PenaltyArguments, StoryArguments
 from .pages import quoted
 from .parser import RecipeParser, write_recipe
 from .progress import MetricsFileCallback, StoryProgressCallback, StoryTableCallback, shown
-from .runs import as_json, begin_record, is_ours, last_checkpoint, read_record, remember, remove_ours, write_record
+from .runs import (
+    STORIES,
+    as_json,
+    begin_record,
+    is_ours,
+    last_checkpoint,
+    read_record,
+    remember,
+    remove_ours,
+    write_record,
+)
 from .survival import stop_beyond, train_or_say_why
 
 
@@ -96,6 +106,7 @@ def build_trainer(trainer_class, args: OnlineArguments, training_args, model_arg
         reward_funcs=rewards,
         args=training_args,
         train_dataset=prompts,
+        eval_dataset=load_held_out(args),
         processing_class=tokenizer,
     )
     add_instruments(trainer, args)
@@ -178,9 +189,9 @@ def push_run(trainer, args: StoryArguments, before: Judgement, after: Judgement)
 
 
 def show(before: Judgement, after: Judgement, folder: Path) -> None:
-    """The numbers and a few stories before and after, on the screen and as `stories.md`."""
-    names = ("reward_mean", "different_share", "distinct_2", "entropy_per_token")
-    names += ("kl_per_token", "kl_per_sequence", "exact_kl_per_sequence")
+    """The numbers and a few stories before and after, on the screen and as `stories.md`; all of them as JSON lines."""
+    names = ("reward_mean", "pairs_per_100_words", "different_share", "distinct_2", "ended_share", "mean_length")
+    names += ("entropy_per_token", "kl_per_token", "kl_per_sequence", "exact_kl_per_sequence")
     table = Table(title=f"{after.stories} fresh stories")
     for column in ("", "before", "after"):
         table.add_column(column, justify="right" if column else "left")
@@ -196,6 +207,8 @@ def show(before: Judgement, after: Judgement, folder: Path) -> None:
         for text in judgement.texts[:3]:
             console.print(shown(f"{text}\n"))
     Path(folder, "stories.md").write_text("\n".join(lines), encoding="utf-8")
+    rows = [{"when": when} | row for when, found in (("before", before), ("after", after)) for row in found.rows()]
+    Path(folder, STORIES).write_text("".join(as_json(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, reward) -> None:

@@ -1,12 +1,14 @@
 """Reward functions in TRL's shape: `(prompts, completions, **columns) -> list[float]`, usable by dotted path."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 from ..text import (
     Pair,
     alliterating_pairs,
+    as_text,
     bare,
     count_alliterations,
     first_letter,
@@ -18,6 +20,7 @@ from ..text import (
 from .sounds import first_sound, sounds
 
 LETTER_SHARES = Path(__file__).parent / "letters.json"  # of the embedded model's words
+IN_WORDS = re.compile(r"alliteration_in_(?P<words>[1-9]\d*)_words(_on_(?P<letters>[a-z]+))?")
 MOST = 10.0  # a pair on a letter that is hardly ever seen is not worth more
 
 
@@ -38,6 +41,9 @@ class AlliterationReward:
         phonetic (`bool`): Agreement of the first sound, not of the first letter; needs the extra `phonetic`.
         strip_punctuation (`bool`): Punctuation at a word's ends does not count, and is no word by itself.
         per_100_words (`bool`): The sum per 100 words.
+        at_least_words (`int`): With `per_100_words`, a shorter text counts as one of so many words: a rate alone is
+            won by an answer of three words.
+        completion_only (`bool`): The prompt's words do not count: of a conversation, the answer's alone.
 
     Raises:
         `ValueError`: for an option that does not exist. `ImportError`: for `phonetic` without its extra.
@@ -55,6 +61,8 @@ class AlliterationReward:
         phonetic: bool = False,
         strip_punctuation: bool = False,
         per_100_words: bool = False,
+        at_least_words: int = 1,
+        completion_only: bool = False,
     ):
         if saturate not in (None, "letter", "pair"):
             raise ValueError(f"saturate must be 'letter' or 'pair', got {saturate!r}")
@@ -62,10 +70,13 @@ class AlliterationReward:
             check_letter(letter)
         if letters == "":
             raise ValueError("letters must name at least one letter")
+        if at_least_words < 1 or (at_least_words > 1 and not per_100_words):
+            raise ValueError(f"at_least_words must be >= 1 and needs per_100_words, got {at_least_words}")
         self.__name__ = name
         self.distinct, self.runs, self.saturate = distinct, runs, saturate
         self.letters = None if letters is None else frozenset(map(str.lower, letters))  # of `İ` that is no `i`
         self.letter_weights, self.per_100_words = letter_weights, per_100_words
+        self.at_least_words, self.completion_only = at_least_words, completion_only
         self.phonetic, self.strip_punctuation = phonetic, strip_punctuation
         if phonetic:
             sounds()
@@ -103,14 +114,17 @@ class AlliterationReward:
                 uses[use] += 1
                 worth /= uses[use]
             total += worth
-        return 100 * total / max(1, len(words)) if self.per_100_words else total
+        return 100 * total / max(self.at_least_words, len(words)) if self.per_100_words else total
 
     def __call__(self, prompts, completions, log_metric=None, log_extra=None, **columns) -> list[float]:
-        """B prompts and B completions, plain or conversational -> B rewards; the prompt's last word counts.
+        """B prompts and B completions, plain or conversational -> B rewards, of both unless `completion_only`.
 
         TRL's `log_metric` and `log_extra`, where they are given, get what the texts alliterate on.
         """
-        texts = [full_text(p, c) for p, c in zip(prompts, completions, strict=True)]
+        if self.completion_only:
+            texts = [as_text(completion) for completion in completions]
+        else:
+            texts = [full_text(p, c) for p, c in zip(prompts, completions, strict=True)]
         if log_metric is not None:
             self.log(texts, log_metric, log_extra)
         return [self.score(text) for text in texts]
@@ -170,13 +184,33 @@ letter_saturating_alliteration = AlliterationReward("letter_saturating_alliterat
 pair_saturating_alliteration = AlliterationReward("pair_saturating_alliteration", saturate="pair")
 
 
+def alliteration_in_words(name: str, words: int, letters: str | None = None) -> AlliterationReward:
+    """What a person would call good alliteration in an answer of about so many words, as pairs per 100 words.
+
+    A word twice is no pair, the n-th use of the same pair is worth 1/n, punctuation is none of a word, the prompt does
+    not count, and neither a shorter answer is worth more nor a longer one.
+    """
+    return AlliterationReward(
+        name,
+        distinct=True,
+        saturate="pair",
+        letters=letters,
+        strip_punctuation=True,
+        per_100_words=True,
+        at_least_words=words,
+        completion_only=True,
+    )
+
+
 def __getattr__(name: str):
-    """Makes a reward when its name is imported: for one letter, for rare letters, for first sounds."""
+    """Makes a reward when its name is imported: for an answer's length, one letter, rare letters, first sounds."""
     if name == "rare_letter_alliteration":
         # Saturating too: a sum that only grows with a letter's pairs is best spent on one letter.
         return AlliterationReward(name, letter_weights=rare_letter_weights(letter_shares()), saturate="letter")
     if name == "phonetic_alliteration":
         return AlliterationReward(name, phonetic=True)
+    if asked := IN_WORDS.fullmatch(name):
+        return alliteration_in_words(name, int(asked["words"]), asked["letters"])
     for prefix, kind in (
         ("alliteration_on_", lambda letter: AlliterationReward(name, letters=letter)),
         ("words_starting_with_", StartingLetterReward),

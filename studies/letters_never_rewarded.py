@@ -1,0 +1,162 @@
+"""Does alliteration that is learnt on half of the letters show on the other half?
+
+    make smollm2
+    python studies/letters_never_rewarded.py                      # SmolLM2; the embedded story model is the control
+    python studies/letters_never_rewarded.py --models story --seeds 0
+    python studies/letters_never_rewarded.py --prompting          # beside it: the base asked for it, untrained
+
+Each run is rewarded for pairs on one half of the letters and judged on both, SmolLM2 on topics that it was not trained
+on. Transfer is the gain on the letters that were never rewarded over the gain on those that were, in pairs per 100
+words; 0 is none, 1 all of it. Runs are kept in runs/letters_never_rewarded. Prints Markdown: the gains, the transfer
+with a 95 % interval over the runs, the letters and the commonest pairs before and after, texts as they come.
+"""
+
+import json
+import math
+import statistics
+from collections import Counter
+
+import torch
+from common import quiet, run_groups, runs_parser
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kl_alliteration.evaluation import judge
+from kl_alliteration.lab.runs import read_stories, read_summary
+from kl_alliteration.lab.sweep import ROOT, seeds_of
+from kl_alliteration.sampling import use_fast_generate
+from kl_alliteration.text import alliterating_pairs, bare
+
+# Of about equal share in the alliterating pairs of both bases: 0.53 and 0.47 of SmolLM2's, 0.47 and 0.53 of the story
+# model's (352 and 600 texts). `t` and `a`, the articles' letters, are apart.
+HALVES = ("twhcmdfnkgjqx", "asiolbreupvyz")
+SMOLLM2 = "models/smollm2-135m-instruct"
+STORIES = 400
+COMMON = {"report_to": "none", "save_strategy": "no", "show_stories_every": 0, "eval_stories": STORIES}
+MODELS = {  # the recipe's words, and the words of a text
+    "smollm2": (("--config", str(ROOT / "recipes/instruct.yaml"), "--model_name_or_path", SMOLLM2), 25),
+    "story": ((), 75),
+}
+ASKED = {
+    "as it is": "{}",
+    "asked for": "{} Let neighbouring words start with the same letter.",
+    "with an example": "{} Let neighbouring words start with the same letter, as in: Six silver swans swam silently "
+    "seaward.",
+}
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's, by runs
+
+
+def pairs_of(texts: list[str]):
+    """The alliterating pairs of different words of all texts, and the number of words."""
+    words = [[word for word in map(bare, text.split()) if word] for text in texts]
+    found = [pair for each in words for pair in alliterating_pairs(each) if not pair.identical]
+    return found, max(1, sum(map(len, words)))
+
+
+def rates(texts: list[str]) -> dict[str, float]:
+    """Pairs per 100 words by first letter."""
+    found, words = pairs_of(texts)
+    return {letter: 100 * n / words for letter, n in Counter(pair.initial for pair in found).items()}
+
+
+def on(rate: dict[str, float], letters: str) -> float:
+    return sum(rate.get(letter, 0.0) for letter in letters)
+
+
+def interval(values: list[float]) -> str:
+    """Mean and Student's 95 % interval over independent runs."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.2f} (one run)"
+    half = T_95.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.2f} ({mean - half:.2f} to {mean + half:.2f}, {len(values)} runs)"
+
+
+def commonest(texts: list[str], letters: str, most: int = 12) -> str:
+    found, _ = pairs_of(texts)
+    counts = Counter(f"{pair.left} {pair.right}".lower() for pair in found if pair.initial in letters)
+    return ", ".join(f"{words} {n}" if n > 1 else words for words, n in counts.most_common(most))
+
+
+def show(name: str, folders: dict[str, list]) -> None:
+    """A model's table: a row a run, and what is the same over all of them."""
+    print(f"\n### {name}\n\n| rewarded | run | rewarded | never rewarded | transfer | nats per token | distinct-2 |")
+    print("|---" * 7 + "|")
+    transfers, kept = [], []
+    for half, paths in folders.items():
+        other = next(letters for letters in HALVES if letters != half)
+        for path in paths:
+            before, after = ([row["completion"] for row in read_stories(path, when)] for when in ("before", "after"))
+            first, last, judged = rates(before), rates(after), read_summary(path)["after"]
+            gains = [on(last, letters) - on(first, letters) for letters in (half, other)]
+            transfers.append(gains[1] / gains[0])
+            kept.append((half, other, before, after))
+            cells = [f"{on(first, letters):.2f} -> {on(last, letters):.2f}" for letters in (half, other)]
+            kl = judged["exact_kl_per_sequence"] / judged["mean_length"]
+            cells += [f"{value:.3f}" for value in (transfers[-1], kl, judged["distinct_2"])]
+            print(f"| {half} | {path.name} | {' | '.join(cells)} |")
+    print(f"\nTransfer: {interval(transfers)}.")
+    for half in folders:
+        before = next(texts for letters, _, texts, _ in kept if letters == half)
+        after = [text for letters, _, _, texts in kept if letters == half for text in texts]
+        first, last = rates(before), rates(after)
+        moved = sorted(set(first) | set(last), key=lambda letter: first.get(letter, 0) - last.get(letter, 0))
+        words = [f"{letter} {last.get(letter, 0) - first.get(letter, 0):+.2f}" for letter in moved]
+        other = next(letters for letters in HALVES if letters != half)
+        print(f"\n`{half}` rewarded. Gains by letter: {', '.join(words[:10])}; least: {', '.join(words[-4:])}.")
+        print(f"Commonest rewarded pairs: {commonest(after, half)}.")
+        print(f"Commonest never rewarded: {commonest(after, other)}; before: {commonest(before, other)}.")
+        for text in after[:5]:
+            print(f"\n> {' '.join(text.split())}")
+
+
+@torch.no_grad()
+def prompting(path: str, stories: int) -> None:
+    """What the untrained model does when it is asked for it: pairs per 100 words on each half."""
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(path).eval(),
+        AutoTokenizer.from_pretrained(path, padding_side="left"),
+    )
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    use_fast_generate(model)
+    lines = (ROOT / "recipes/instruct_held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = [json.loads(line)["prompt"][0]["content"] for line in lines]
+    print(f"\n### Prompting alone, {stories} texts\n\n| prompt | {' | '.join(HALVES)} | words | ended | distinct-2 |")
+    print("|---" * 6 + "|")
+    for name, form in ASKED.items():
+        prompts = [[{"role": "user", "content": form.format(asked[i % len(asked)])}] for i in range(stories)]
+        found = judge(
+            model, tokenizer, prompts, lambda prompts, completions: [0.0] * len(prompts),
+            max_new_tokens=64, temperature=0.7,
+        )  # fmt: skip
+        rate, words = rates(found.completions), pairs_of(found.completions)[1] / stories
+        cells = [f"{on(rate, letters):.2f}" for letters in HALVES]
+        print(f"| {name} | {' | '.join(cells)} | {words:.0f} | {found.ended_share:.2f} | {found.distinct_2:.2f} |")
+
+
+def main():
+    parser = runs_parser(__doc__, "letters_never_rewarded")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--prompting", action="store_true", help="measure prompting alone, and train nothing")
+    parser.add_argument("options", nargs="*", help="more options of the recipe, behind --")
+    args = parser.parse_args()
+    quiet()
+    if args.prompting:
+        return prompting(SMOLLM2, STORIES)
+    groups = {
+        f"{model}_{half}": seeds_of(
+            f"{model}_{half}",
+            COMMON | {"reward_funcs": f"kl_alliteration.rewards.alliteration_in_{words}_words_on_{half}"},
+            args.seeds,
+            (*recipe, *args.options),
+        )
+        for model in args.models
+        for recipe, words in [MODELS[model]]
+        for half in HALVES
+    }
+    folders = run_groups(groups, args)
+    for model in args.models:
+        show(model, {half: folders[f"{model}_{half}"] for half in HALVES})
+
+
+if __name__ == "__main__":
+    main()
