@@ -6,7 +6,7 @@
 
 One group a batch, completions of 64 tokens, k1 in the reward, learning rate 0; one step is not counted. Prints
 Markdown: medians in seconds and MB, and ours over stock's with the quartiles of the rounds. `--bf16` takes TRL's mixed
-precision.
+precision; `--exact` puts the exact KL into reward and loss and under the monitor on our side, where stock keeps k1.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from common import llama_folder, make_trainer, model_folder, quiet
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 
-from kl_alliteration import kl, share_prompts, use_fast_sampling
+from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback, kl, share_prompts, use_fast_sampling
 from kl_alliteration.sampling.decoder import read_decoder
 from kl_alliteration.sampling.generate import sample
 
@@ -72,7 +72,16 @@ def folder_of(model: str) -> str:
 
 
 def measure(
-    model: str, prompt: int, group: int, batch: int, length: int, lora: bool, ours: bool, steps: int, bf16: bool
+    model: str,
+    prompt: int,
+    group: int,
+    batch: int,
+    length: int,
+    lora: bool,
+    exact: bool,
+    ours: bool,
+    steps: int,
+    bf16: bool,
 ):
     """Medians of the parts over the steps but the first, and the process's peak in MB."""
     quiet()
@@ -90,6 +99,9 @@ def measure(
         bf16=bf16,
         use_cpu=True,
     )
+    if ours and exact:
+        trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("exact", "both")))
+        trainer.add_callback(KLMonitorCallback(trainer, exact=True))
     if ours:
         share_prompts(trainer)
         use_fast_sampling(trainer)
@@ -130,7 +142,7 @@ def short(rounds: int) -> None:
             print(f"| {name} | | | | not there: {SMOLLM2.relative_to(SMOLLM2.parents[1])} |")
             continue
         for threads in (1, 2):
-            found = in_turns(rounds, threads, steps, False, name, *shape)
+            found = in_turns(rounds, threads, steps, False, name, *shape, False)
             seconds = statistics.median(stock[0] for stock, _ in found)
             parts = ", ".join(f"{statistics.median(ours[part] for _, ours in found):.2f}" for part in (1, 2, 3))
             print(f"| {name} | {threads} | {seconds:.2f} | {parts} | {ratio(found, 0)} |", flush=True)
@@ -170,6 +182,7 @@ def main():
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--exact", action="store_true")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--half-precision", action="store_true", help="the error of bfloat16, nothing else")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -184,12 +197,12 @@ def main():
         short(args.rounds)
         return
     heads = [f"{part} {'(MB)' if part == 'peak' else '(s)'}" for part in PARTS]
-    lora = ", LoRA" if args.lora else ""
-    print(f"{Path(args.model).name}{lora}, {args.threads} thread(s); stock, ours, ours / stock\n")
+    kind = (", LoRA" if args.lora else "") + (", exact in both and watched" if args.exact else "")
+    print(f"{Path(args.model).name}{kind}, {args.threads} thread(s); stock, ours, ours / stock\n")
     print(f"| prompt | group | {' | '.join(heads)} |\n|{'---|' * (2 + len(heads))}")
     for prompt in args.prompts:
         for group in args.groups:
-            shape = args.model, prompt, group, group, 64, args.lora
+            shape = args.model, prompt, group, group, 64, args.lora, args.exact
             found = in_turns(args.rounds, args.threads, args.steps, args.bf16, *shape)
             cells = []
             for part, name in enumerate(PARTS):

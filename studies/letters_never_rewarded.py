@@ -21,7 +21,7 @@ from common import quiet, run_groups, runs_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl_alliteration.evaluation import judge
-from kl_alliteration.lab.runs import read_stories, read_summary
+from kl_alliteration.lab.judging import judge_run
 from kl_alliteration.lab.sweep import ROOT, seeds_of
 from kl_alliteration.sampling import use_fast_generate
 from kl_alliteration.text import alliterating_pairs, bare
@@ -31,7 +31,7 @@ from kl_alliteration.text import alliterating_pairs, bare
 HALVES = ("twhcmdfnkgjqx", "asiolbreupvyz")
 SMOLLM2 = "models/smollm2-135m-instruct"
 STORIES = 400
-COMMON = {"report_to": "none", "save_strategy": "no", "show_stories_every": 0, "eval_stories": STORIES}
+COMMON = {"report_to": "none", "save_strategy": "no", "show_stories_every": 0}
 MODELS = {  # the recipe's words, and the words of a text
     "smollm2": (("--config", str(ROOT / "recipes/instruct.yaml"), "--model_name_or_path", SMOLLM2), 25),
     "story": ((), 75),
@@ -79,33 +79,35 @@ def commonest(texts: list[str], letters: str, most: int = 12) -> str:
 
 def show(name: str, folders: dict[str, list]) -> None:
     """A model's table: a row a run, and what is the same over all of them."""
-    print(f"\n### {name}\n\n| rewarded | run | rewarded | never rewarded | transfer | nats per token | distinct-2 |")
+    before = judge_run(next(iter(folders.values()))[0], STORIES, untrained=True).completions
+    first = rates(before)
+    print(f"\n### {name}, {STORIES} texts a run\n")
+    print("| rewarded | run | rewarded letters | never rewarded | transfer | nats per token | distinct-2 |")
     print("|---" * 7 + "|")
-    transfers, kept = [], []
+    transfers, after = [], {}
     for half, paths in folders.items():
         other = next(letters for letters in HALVES if letters != half)
+        after[half] = []
         for path in paths:
-            before, after = ([row["completion"] for row in read_stories(path, when)] for when in ("before", "after"))
-            first, last, judged = rates(before), rates(after), read_summary(path)["after"]
+            judged = judge_run(path, STORIES)
+            last = rates(judged.completions)
             gains = [on(last, letters) - on(first, letters) for letters in (half, other)]
             transfers.append(gains[1] / gains[0])
-            kept.append((half, other, before, after))
+            after[half] += judged.completions
             cells = [f"{on(first, letters):.2f} -> {on(last, letters):.2f}" for letters in (half, other)]
-            kl = judged["exact_kl_per_sequence"] / judged["mean_length"]
-            cells += [f"{value:.3f}" for value in (transfers[-1], kl, judged["distinct_2"])]
-            print(f"| {half} | {path.name} | {' | '.join(cells)} |")
+            kl = judged.exact_kl_per_sequence / judged.mean_length
+            cells += [f"{value:.3f}" for value in (transfers[-1], kl, judged.distinct_2)]
+            print(f"| {half} | {path.name} | {' | '.join(cells)} |", flush=True)
     print(f"\nTransfer: {interval(transfers)}.")
-    for half in folders:
-        before = next(texts for letters, _, texts, _ in kept if letters == half)
-        after = [text for letters, _, _, texts in kept if letters == half for text in texts]
-        first, last = rates(before), rates(after)
-        moved = sorted(set(first) | set(last), key=lambda letter: first.get(letter, 0) - last.get(letter, 0))
-        words = [f"{letter} {last.get(letter, 0) - first.get(letter, 0):+.2f}" for letter in moved]
+    for half, texts in after.items():
         other = next(letters for letters in HALVES if letters != half)
-        print(f"\n`{half}` rewarded. Gains by letter: {', '.join(words[:10])}; least: {', '.join(words[-4:])}.")
-        print(f"Commonest rewarded pairs: {commonest(after, half)}.")
-        print(f"Commonest never rewarded: {commonest(after, other)}; before: {commonest(before, other)}.")
-        for text in after[:5]:
+        last = rates(texts)
+        moved = sorted(set(first) | set(last), key=lambda letter: first.get(letter, 0) - last.get(letter, 0))
+        gains = [f"{letter} {last.get(letter, 0) - first.get(letter, 0):+.2f}" for letter in moved]
+        print(f"\n`{half}` rewarded. Gains by letter: {', '.join(gains[:10])}; least: {', '.join(gains[-4:])}.")
+        print(f"Commonest rewarded pairs: {commonest(texts, half)}; before: {commonest(before, half)}.")
+        print(f"Commonest never rewarded: {commonest(texts, other)}; before: {commonest(before, other)}.")
+        for text in texts[:5]:
             print(f"\n> {' '.join(text.split())}")
 
 

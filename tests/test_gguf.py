@@ -131,3 +131,11 @@ def test_a_recipe_trains_on_a_file(file, tmp_path):
     assert [row["when"] for row in rows] == ["before"] * 3 + ["after"] * 3
     assert {row["prompt"] for row in rows} == {"user: a mat\nassistant: "}  # held out, and no mark of the template
     assert "user: a mat" in (tmp_path / "out/stories.md").read_text()
+
+
+def test_what_reads_models_reads_a_file(file, tmp_path):
+    words = "--model_name_or_path tiny.gguf --stories 2 --max_new_tokens 4 --prompt a --chat"
+    done = run("tell_stories.py", *words.split(), cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("user: a assistant:") == 2
+    words = "--model_name_or_path tiny.gguf --stories 8 --largest_n 4 --max_new_tokens 4 --prompt a"
+    assert run("best_of_n.py", *words.split(), cwd=tmp_path).returncode == 0

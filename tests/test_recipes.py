@@ -228,11 +228,12 @@ def test_conversational_prompts(tmp_path, tiny_model):
     )
     assert (tmp_path / "out" / "summary.json").exists()
     options = "--config", ROOT / "recipes/instruct.yaml", "--dataset_name", ROOT / "recipes/instruct_prompts.jsonl"
+    options += "--eval_dataset_name", ROOT / "recipes/instruct_held_out.jsonl"
     batch = "--num_generations", "4", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"
     run(RECIPE, "--output_dir", "lora", *options, *batch, "--model_name_or_path", "./chat", *SMALL, cwd=tmp_path)
     assert (tmp_path / "lora/adapter_model.safetensors").exists()
     first = lines(tmp_path / "lora/metrics.jsonl")[0]
-    assert "rewards/distinct_alliteration/mean" in first and "alliteration/pairs" in first
+    assert "rewards/alliteration_in_25_words/mean" in first and "alliteration/pairs" in first
     assert "kl/exact_per_token" in first and "kl/budget_use" in first
 
 
@@ -346,6 +347,33 @@ def test_best_of_n_draws_the_frontier(tmp_path):
     assert facts["frontier"][-1]["n"] == 30 and (tmp_path / "runs/best_of_n/frontier.png").stat().st_size > 5_000
     done = run("best_of_n.py", "--runs", "nowhere", cwd=tmp_path, check=False)
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: runs: there is no nowhere/metrics.jsonl"
+
+
+def test_best_of_n_takes_every_prompt_of_a_data_set(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Once upon a time"}\n{"prompt": "There was"}\n')
+    options = "--dataset_name prompts.jsonl --stories 81 --largest_n 20 --max_new_tokens 12 --temperature 0.7".split()
+    done = run("best_of_n.py", *options, cwd=tmp_path)
+    facts = json.loads((tmp_path / "runs/best_of_n/frontier.json").read_text())
+    assert facts["stories"] == 80 and facts["frontier"][0]["n"] == 1  # 40 of each
+    least = facts["least_kl"]
+    assert [p["kl_per_sequence"] for p in least] == sorted(p["kl_per_sequence"] for p in least) and len(least) > 3
+    assert least[0]["reward"] == pytest.approx(facts["frontier"][0]["reward"], abs=0.2)  # a high price buys nothing
+    assert "| least KL (nats per sequence) | reward |" in done.stdout
+    done = run("best_of_n.py", *options, "--largest_n", 21, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "at most half of a prompt's 40 stories, got 21" in done.stderr
+
+
+def test_topics_that_are_held_out_share_no_word_with_those_of_the_training():
+    common = set("write one sentence about a an the of who that in with and her his its at to as on".split())
+
+    def words(name: str) -> list[set]:
+        rows = [json.loads(line) for line in (ROOT / "recipes" / name).read_text().splitlines()]
+        return [set(row["prompt"][0]["content"].lower().rstrip(".").split()) - common for row in rows]
+
+    train, held_out = words("instruct_prompts.jsonl"), words("instruct_held_out.jsonl")
+    assert len(train) >= 80 and len(held_out) == 40
+    shared = set().union(*train) & set().union(*held_out)
+    assert shared <= {"over", "without", "under", "one", "not", "inside", "behind"}  # no noun among them
 
 
 def test_a_sweep_prints_its_commands_and_ends_in_a_report(tmp_path):

@@ -134,6 +134,10 @@ def test_one_letter():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
+        (
+            lambda: AlliterationReward("x", at_least_words=5),
+            "at_least_words must be >= 1 and needs per_100_words, got 5",
+        ),
         (lambda: AlliterationReward("x", saturate="word"), "saturate must be 'letter' or 'pair', got 'word'"),
         (lambda: AlliterationReward("x", letters="b1"), "letter must be one letter, got '1'"),
         (lambda: AlliterationReward("x", letters=""), "letters must name at least one letter"),
@@ -203,3 +207,26 @@ def test_trl_s_own_script_takes_them_by_path(tiny_model, tmp_path):
     rewards = "--reward_funcs", "kl_alliteration.rewards.rare_letter_alliteration"
     done = run(script, *command, *rewards, *options.split(), cwd=tmp_path)
     assert "rewards/rare_letter_alliteration/mean" in done.stdout
+
+
+def test_a_rate_over_a_length_by_hand():
+    """Not the same word twice, a repeated pair by halves, no words of the prompt, nothing for an answer of three."""
+    prompt, rewards_of = "big bats", rewards.alliteration_in_10_words
+    eight = "Tall trees, tall trees touch tiny toes now."  # tall trees, trees tall, tall trees / 2, and three more
+
+    def score(text: str, reward=rewards_of) -> float:
+        return reward([prompt], [text])[0]
+
+    assert score(eight) == pytest.approx(100 * 5.5 / 10)
+    assert score("big bats by") == pytest.approx(100 * 2 / 10)  # of ten words, not of three
+    assert score("tall tall tall tall tall tall tall tall tall tall") == 0
+    twelve = "big bats " + "one two four six seven eight nine ten eleven zero"  # six seven
+    assert score(twelve) == pytest.approx(100 * 2 / 12)  # a longer one by its own words
+    assert score("said the bird", rewards.alliteration_in_10_words) == 0  # not across the end of the prompt
+    assert score(eight, rewards.alliteration_in_10_words_on_bx) == 0
+    assert score("big bats", rewards.alliteration_in_10_words_on_bx) == 10
+    message = [[{"role": "assistant", "content": "big bats"}]]
+    assert rewards_of([[{"role": "user", "content": "big bats"}]], message) == [10]
+    assert pickle.loads(pickle.dumps(rewards_of))([""], ["big bats"]) == [10]
+    with pytest.raises(AttributeError):
+        rewards.alliteration_in_0_words  # noqa: B018

@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kl_alliteration import alliteration_reward
-from kl_alliteration.text import compression_ratio, count_alliterations, different_share, distinct_n
+from kl_alliteration.text import (
+    as_dialogue,
+    compression_ratio,
+    count_alliterations,
+    different_share,
+    distinct_n,
+    pairs_per_100_words,
+)
 
 
 @pytest.mark.parametrize(
@@ -75,3 +82,15 @@ def test_compression_ratio_against_zlib():
     text = "to the tall tall tall " * 50
     assert compression_ratio([text]) == len(text) / len(zlib.compress(text.encode(), 9)) > 20
     assert compression_ratio([]) == 0.0
+
+
+def test_pairs_per_100_words_by_hand():
+    """Eight words; `Tall, tall` is one word twice, the dash none; big bats, bats by: two pairs."""
+    assert pairs_per_100_words(["Tall, tall -- big bats by", "we ate it."]) == 100 * 2 / 8
+    assert pairs_per_100_words([]) == 0
+
+
+def test_a_conversation_is_shown_by_its_turns():
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    assert as_dialogue(turns) == "system: Be brief.\nuser: Hi\nassistant: "
+    assert as_dialogue("Once upon a time") == "Once upon a time"

@@ -65,19 +65,22 @@ def judge_policy(trainer, stories: int, reward, max_new_tokens: int, temperature
     )
 
 
-def judge_run(folder: str | Path, stories: int, seed: int = 1) -> Judgement:
+def judge_run(folder: str | Path, stories: int, seed: int = 1, untrained: bool = False) -> Judgement:
     """Fresh stories of what a finished run of any recipe left, and the KL to the base that it started from.
 
     The prompts, the rewards and the lengths are those of its `recipe.yaml`; the base is the reference whatever the
-    run's own was, and also where it had none.
+    run's own was, and also where it had none. `untrained` judges the base itself, by the same prompts and seed.
     """
     options = yaml.safe_load(Path(folder, "recipe.yaml").read_text(encoding="utf-8")) or {}
     base = as_folder(options.get("model_name_or_path", str(MODEL_PATH)))
-    adapter = is_adapter(str(folder))
-    model = load_adapter(str(folder), base) if adapter else AutoModelForCausalLM.from_pretrained(folder)
+    adapter = is_adapter(str(folder)) and not untrained
+    if adapter:
+        model = load_adapter(str(folder), base)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base if untrained else folder)
     model.to(PartialState().device).eval()
     use_fast_generate(model)
-    ref_model = None if adapter else AutoModelForCausalLM.from_pretrained(base).to(model.device).eval()
+    ref_model = None if adapter or untrained else AutoModelForCausalLM.from_pretrained(base).to(model.device).eval()
     rewards = options.get("reward_funcs", [ALLITERATION])
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     names = ("dataset_name", "dataset_config", "eval_dataset_name")

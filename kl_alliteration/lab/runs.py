@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 RECORD = "_made.json"  # of what a run made, by what it is known again; `_*` stays off the Hub
-STORIES = "stories.jsonl"  # all that were judged, before and after
+STORIES = "stories.jsonl"  # all that were judged, a line each, `before` and `after`
 CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
 
 
@@ -34,12 +34,6 @@ def read_summary(folder: Path) -> dict | None:
         return json.loads(Path(folder, "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def read_stories(folder: Path, when: str) -> list[dict]:
-    """What was judged `before` or `after` a run: a row a story, of prompt, completion and reward."""
-    lines = Path(folder, STORIES).read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["when"] == when]
 
 
 def read_metrics(folder: Path) -> list[dict]:
