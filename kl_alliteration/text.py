@@ -100,6 +100,18 @@ def pairs_per_100_words(texts: list[str]) -> float:
     return 100 * pairs / max(1, sum(map(len, words)))
 
 
+# English words that carry a sentence and not its matter: "to the" and "and a" are no alliteration to a person.
+FUNCTION_WORDS = frozenset(
+    "a about above across after against all along also although always among an and another any are around as at "
+    "be because been before behind being below between both but by can could did do does down during each ever "
+    "every for from had has have he her here him his how i if in inside into is it its itself just like may me "
+    "might more most much must my near never no nor not now of off often on once one only onto or other our out "
+    "over own she should since so some such than that the their them then there these they this those though "
+    "through to too toward under towards until up upon us very was we were what when where which while who whom "
+    "whose why will with within without would yet you your".split()
+)
+
+
 def identical_share(pairs: list[Pair]) -> float:
     """The share of pairs that are one word twice: the exploit. 0 without a pair."""
     return sum(pair.identical for pair in pairs) / len(pairs) if pairs else 0.0

@@ -222,6 +222,8 @@ def test_a_rate_over_a_length_by_hand():
     assert score("tall tall tall tall tall tall tall tall tall tall") == 0
     twelve = "big bats " + "one two four six seven eight nine ten eleven zero"  # six seven
     assert score(twelve) == pytest.approx(100 * 2 / 12)  # a longer one by its own words
+    assert score("a testament to the tall tree and a bat") == pytest.approx(100 * 5 / 10)
+    assert score("a testament to the tall tree", rewards.content_alliteration_in_10_words) == pytest.approx(10)
     assert score("said the bird", rewards.alliteration_in_10_words) == 0  # not across the end of the prompt
     assert score(eight, rewards.alliteration_in_10_words_on_bx) == 0
     assert score("big bats", rewards.alliteration_in_10_words_on_bx) == 10

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..text import (
+    FUNCTION_WORDS,
     Pair,
     alliterating_pairs,
     as_text,
@@ -20,7 +21,7 @@ from ..text import (
 from .sounds import first_sound, sounds
 
 LETTER_SHARES = Path(__file__).parent / "letters.json"  # of the embedded model's words
-IN_WORDS = re.compile(r"alliteration_in_(?P<words>[1-9]\d*)_words(_on_(?P<letters>[a-z]+))?")
+IN_WORDS = re.compile(r"(?P<content>content_)?alliteration_in_(?P<words>[1-9]\d*)_words(_on_(?P<letters>[a-z]+))?")
 MOST = 10.0  # a pair on a letter that is hardly ever seen is not worth more
 
 
@@ -33,6 +34,7 @@ class AlliterationReward:
     Args:
         name (`str`): What TRL calls it.
         distinct (`bool`): A pair of identical words is worth 0.
+        content (`bool`): A pair with a function word of English, such as "to the", is worth 0.
         runs (`bool`): The n-th pair of an unbroken row is worth n: three words in a row 3, four 6.
         saturate (`str`, *optional*): `"letter"` or `"pair"`: the n-th use of a letter, or of the same two words in the
             same order, in a text is worth 1/n.
@@ -54,6 +56,7 @@ class AlliterationReward:
         name: str,
         *,
         distinct: bool = False,
+        content: bool = False,
         runs: bool = False,
         saturate: str | None = None,
         letters: str | None = None,
@@ -73,7 +76,7 @@ class AlliterationReward:
         if at_least_words < 1 or (at_least_words > 1 and not per_100_words):
             raise ValueError(f"at_least_words must be >= 1 and needs per_100_words, got {at_least_words}")
         self.__name__ = name
-        self.distinct, self.runs, self.saturate = distinct, runs, saturate
+        self.distinct, self.content, self.runs, self.saturate = distinct, content, runs, saturate
         self.letters = None if letters is None else frozenset(map(str.lower, letters))  # of `İ` that is no `i`
         self.letter_weights, self.per_100_words = letter_weights, per_100_words
         self.at_least_words, self.completion_only = at_least_words, completion_only
@@ -81,7 +84,7 @@ class AlliterationReward:
         if phonetic:
             sounds()
         self.plain = not any(
-            (distinct, runs, saturate, letters, letter_weights, phonetic, strip_punctuation, per_100_words)
+            (distinct, content, runs, saturate, letters, letter_weights, phonetic, strip_punctuation, per_100_words)
         )
 
     def __repr__(self) -> str:
@@ -102,6 +105,8 @@ class AlliterationReward:
         total, uses = 0.0, Counter()
         for pair in self.pairs(words):
             if self.distinct and pair.identical:
+                continue
+            if self.content and not FUNCTION_WORDS.isdisjoint((bare(pair.left).lower(), bare(pair.right).lower())):
                 continue
             letter = first_letter(pair.right)
             if self.letters is not None and letter not in self.letters:
@@ -184,8 +189,8 @@ letter_saturating_alliteration = AlliterationReward("letter_saturating_alliterat
 pair_saturating_alliteration = AlliterationReward("pair_saturating_alliteration", saturate="pair")
 
 
-def alliteration_in_words(name: str, words: int, letters: str | None = None) -> AlliterationReward:
-    """What a person would call good alliteration in an answer of about so many words, as pairs per 100 words.
+def alliteration_in_words(name: str, words: int, letters: str | None, content: bool) -> AlliterationReward:
+    """Alliteration in an answer of about so many words, as pairs per 100 words; of `content` words alone, or of all.
 
     A word twice is no pair, the n-th use of the same pair is worth 1/n, punctuation is none of a word, the prompt does
     not count, and neither a shorter answer is worth more nor a longer one.
@@ -193,6 +198,7 @@ def alliteration_in_words(name: str, words: int, letters: str | None = None) -> 
     return AlliterationReward(
         name,
         distinct=True,
+        content=content,
         saturate="pair",
         letters=letters,
         strip_punctuation=True,
@@ -210,7 +216,7 @@ def __getattr__(name: str):
     if name == "phonetic_alliteration":
         return AlliterationReward(name, phonetic=True)
     if asked := IN_WORDS.fullmatch(name):
-        return alliteration_in_words(name, int(asked["words"]), asked["letters"])
+        return alliteration_in_words(name, int(asked["words"]), asked["letters"], bool(asked["content"]))
     for prefix, kind in (
         ("alliteration_on_", lambda letter: AlliterationReward(name, letters=letter)),
         ("words_starting_with_", StartingLetterReward),
