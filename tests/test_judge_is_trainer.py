@@ -170,12 +170,12 @@ def test_pairs_are_asked_for_as_dpo_asks(chat_model, tmp_path, monkeypatch):
 
 def test_the_library_s_judge_takes_conversations_and_columns(chat_model):
     tokenizer = AutoTokenizer.from_pretrained(chat_model, padding_side="left")
-    reward = Recorded()
-    found = judge(
-        AutoModelForCausalLM.from_pretrained(chat_model), tokenizer, [CHAT] * 3, reward, 6,
-        columns={"target": [*"abc"]},
-    )  # fmt: skip
-    assert found.prompts == ["<bos> once upon a time sky"] * 3 and reward.calls[0]["target"] == "a"
+    reward, model, seen = Recorded(), AutoModelForCausalLM.from_pretrained(chat_model), []
+    generate = model.generate
+    model.generate = lambda input_ids, **options: seen.append(input_ids) or generate(input_ids=input_ids, **options)
+    found = judge(model, tokenizer, [CHAT] * 3, reward, 6, columns={"target": [*"abc"]})
+    assert tokenizer.batch_decode(seen[0]) == ["<bos> once upon a time sky"] * 3  # by the template
+    assert found.prompts == ["user: once upon a time\nassistant: "] * 3 and reward.calls[0]["target"] == "a"
     assert reward.calls[0]["state"] == "TrainerState"
 
 

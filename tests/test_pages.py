@@ -86,8 +86,8 @@ def test_plain_words_are_left_as_they_are():
 
 
 def judgement(texts: list[str]) -> Judgement:
-    numbers = [len(texts), 5.0, 1.0, 1.0, 0.5, 0.0, 9.0, 1.4, None, None, None]
-    return Judgement(*numbers, prompts=[""] * len(texts), completions=texts)
+    numbers = [len(texts), 5.0, 1.0, 1.0, 0.5, 6.0, 0.0, 9.0, 1.4, None, None, None]
+    return Judgement(*numbers, rewards=[5.0] * len(texts), prompts=[""] * len(texts), completions=texts)
 
 
 def quotes(page: str) -> list[str]:
