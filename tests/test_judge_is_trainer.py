@@ -202,4 +202,4 @@ def test_a_recipe_with_a_reward_that_needs_a_column(tmp_path, chat_model):
     run("rloo_tall_tree.py", *words.split(), *options, cwd=tmp_path)
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["before"]["reward_mean"] == summary["before"]["mean_length"]
-    assert summary["stories"][0].startswith("<bos> once upon a time was")
+    assert summary["stories"][0].startswith("user: once upon a time\nassistant: ")
