@@ -30,7 +30,6 @@ from kl_alliteration.text import alliterating_pairs, bare
 # model's (352 and 600 texts). `t` and `a`, the articles' letters, are apart.
 HALVES = ("twhcmdfnkgjqx", "asiolbreupvyz")
 SMOLLM2 = "models/smollm2-135m-instruct"
-STORIES = 400
 COMMON = {"report_to": "none", "save_strategy": "no", "show_stories_every": 0}
 MODELS = {  # the recipe's words, and the words of a text
     "smollm2": (("--config", str(ROOT / "recipes/instruct.yaml"), "--model_name_or_path", SMOLLM2), 25),
@@ -77,11 +76,11 @@ def commonest(texts: list[str], letters: str, most: int = 12) -> str:
     return ", ".join(f"{words} {n}" if n > 1 else words for words, n in counts.most_common(most))
 
 
-def show(name: str, folders: dict[str, list]) -> None:
+def show(name: str, folders: dict[str, list], stories: int) -> None:
     """A model's table: a row a run, and what is the same over all of them."""
-    before = judge_run(next(iter(folders.values()))[0], STORIES, untrained=True).completions
+    before = judge_run(next(iter(folders.values()))[0], stories, untrained=True).completions
     first = rates(before)
-    print(f"\n### {name}, {STORIES} texts a run\n")
+    print(f"\n### {name}, {stories} texts a run\n")
     print("| rewarded | run | rewarded letters | never rewarded | transfer | nats per token | distinct-2 |")
     print("|---" * 7 + "|")
     transfers, after = [], {}
@@ -89,7 +88,7 @@ def show(name: str, folders: dict[str, list]) -> None:
         other = next(letters for letters in HALVES if letters != half)
         after[half] = []
         for path in paths:
-            judged = judge_run(path, STORIES)
+            judged = judge_run(path, stories)
             last = rates(judged.completions)
             gains = [on(last, letters) - on(first, letters) for letters in (half, other)]
             transfers.append(gains[1] / gains[0])
@@ -138,12 +137,13 @@ def prompting(path: str, stories: int) -> None:
 def main():
     parser = runs_parser(__doc__, "letters_never_rewarded")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--stories", type=int, default=400, help="texts that are judged, a run")
     parser.add_argument("--prompting", action="store_true", help="measure prompting alone, and train nothing")
     parser.add_argument("options", nargs="*", help="more options of the recipe, behind --")
     args = parser.parse_args()
     quiet()
     if args.prompting:
-        return prompting(SMOLLM2, STORIES)
+        return prompting(SMOLLM2, args.stories)
     groups = {
         f"{model}_{half}": seeds_of(
             f"{model}_{half}",
@@ -157,7 +157,7 @@ def main():
     }
     folders = run_groups(groups, args)
     for model in args.models:
-        show(model, {half: folders[f"{model}_{half}"] for half in HALVES})
+        show(model, {half: folders[f"{model}_{half}"] for half in HALVES}, args.stories)
 
 
 if __name__ == "__main__":
