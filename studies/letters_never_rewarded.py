@@ -83,7 +83,7 @@ def show(name: str, folders: dict[str, list], stories: int) -> None:
     print(f"\n### {name}, {stories} texts a run\n")
     print("| rewarded | run | rewarded letters | never rewarded | transfer | nats per token | distinct-2 |")
     print("|---" * 7 + "|")
-    transfers, after = [], {}
+    transfers, after = {half: [] for half in folders}, {}
     for half, paths in folders.items():
         other = next(letters for letters in HALVES if letters != half)
         after[half] = []
@@ -91,13 +91,15 @@ def show(name: str, folders: dict[str, list], stories: int) -> None:
             judged = judge_run(path, stories)
             last = rates(judged.completions)
             gains = [on(last, letters) - on(first, letters) for letters in (half, other)]
-            transfers.append(gains[1] / gains[0])
+            transfers[half].append(gains[1] / gains[0])
             after[half] += judged.completions
             cells = [f"{on(first, letters):.2f} -> {on(last, letters):.2f}" for letters in (half, other)]
             kl = judged.exact_kl_per_sequence / judged.mean_length
-            cells += [f"{value:.3f}" for value in (transfers[-1], kl, judged.distinct_2)]
+            cells += [f"{value:.3f}" for value in (transfers[half][-1], kl, judged.distinct_2)]
             print(f"| {half} | {path.name} | {' | '.join(cells)} |", flush=True)
-    print(f"\nTransfer: {interval(transfers)}.")
+    for half, values in transfers.items():
+        print(f"\nTransfer, `{half}` rewarded: {interval(values)}.")
+    print(f"\nBoth: {interval([value for values in transfers.values() for value in values])}.")
     for half, texts in after.items():
         other = next(letters for letters in HALVES if letters != half)
         last = rates(texts)
@@ -123,15 +125,21 @@ def prompting(path: str, stories: int) -> None:
     asked = [json.loads(line)["prompt"][0]["content"] for line in lines]
     print(f"\n### Prompting alone, {stories} texts\n\n| prompt | {' | '.join(HALVES)} | words | ended | distinct-2 |")
     print("|---" * 6 + "|")
+    texts = {}
     for name, form in ASKED.items():
         prompts = [[{"role": "user", "content": form.format(asked[i % len(asked)])}] for i in range(stories)]
         found = judge(
             model, tokenizer, prompts, lambda prompts, completions: [0.0] * len(prompts),
             max_new_tokens=64, temperature=0.7,
         )  # fmt: skip
+        texts[name] = found.completions
         rate, words = rates(found.completions), pairs_of(found.completions)[1] / stories
         cells = [f"{on(rate, letters):.2f}" for letters in HALVES]
         print(f"| {name} | {' | '.join(cells)} | {words:.0f} | {found.ended_share:.2f} | {found.distinct_2:.2f} |")
+    for name, some in texts.items():
+        print(f"\nCommonest pairs, {name}: {commonest(some, ''.join(HALVES))}.")
+        for text in some[:5]:
+            print(f"\n> {' '.join(text.split())}")
 
 
 def main():
