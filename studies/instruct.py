@@ -17,10 +17,12 @@ from pathlib import Path
 from common import quiet, run_groups, runs_parser
 
 from kl_alliteration.lab.figures import plot_frontier, read_run
+from kl_alliteration.lab.gguf import SMOLLM2_FOLDER
+from kl_alliteration.lab.options import check_model_path
 from kl_alliteration.lab.runs import read_summary
+from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.lab.sweep import ROOT, seeds_of
 
-SMOLLM2 = "models/smollm2-135m-instruct"
 SETTINGS = {
     "recipe": {},
     "budget_0.1": {"kl_budget_per_token": 0.1},
@@ -52,6 +54,7 @@ def cells(found: list[dict]) -> list[str]:
     return written
 
 
+@one_line_errors
 def main():
     parser = runs_parser(__doc__, "instruct_study")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
@@ -59,7 +62,8 @@ def main():
     parser.add_argument("options", nargs="*", help="more options of the recipe, behind --")
     args = parser.parse_args()
     quiet()
-    config = ("--config", str(ROOT / "recipes/instruct.yaml"), "--model_name_or_path", SMOLLM2, *args.options)
+    check_model_path("model", SMOLLM2_FOLDER)
+    config = ("--config", str(ROOT / "recipes/instruct.yaml"), "--model_name_or_path", SMOLLM2_FOLDER, *args.options)
     groups = {name: seeds_of(name, SETTINGS[name], args.seeds, config) for name in args.settings}
     folders = run_groups(groups, args)
     found = {name: [read_summary(path) for path in paths] for name, paths in folders.items()}

@@ -21,7 +21,10 @@ from common import quiet, run_groups, runs_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl_alliteration.evaluation import judge
+from kl_alliteration.lab.gguf import SMOLLM2_FOLDER
 from kl_alliteration.lab.judging import judge_run
+from kl_alliteration.lab.options import check_model_path
+from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.lab.sweep import ROOT, seeds_of
 from kl_alliteration.sampling import use_fast_generate
 from kl_alliteration.text import alliterating_pairs, bare
@@ -29,10 +32,9 @@ from kl_alliteration.text import alliterating_pairs, bare
 # Of about equal share in the alliterating pairs of both bases: 0.53 and 0.47 of SmolLM2's, 0.47 and 0.53 of the story
 # model's (352 and 600 texts). `t` and `a`, the articles' letters, are apart.
 HALVES = ("twhcmdfnkgjqx", "asiolbreupvyz")
-SMOLLM2 = "models/smollm2-135m-instruct"
 COMMON = {"report_to": "none", "save_strategy": "no", "show_stories_every": 0}
 MODELS = {  # the recipe's words, and the words of a text
-    "smollm2": (("--config", str(ROOT / "recipes/instruct.yaml"), "--model_name_or_path", SMOLLM2), 25),
+    "smollm2": (("--config", str(ROOT / "recipes/instruct.yaml"), "--model_name_or_path", SMOLLM2_FOLDER), 25),
     "story": ((), 75),
 }
 ASKED = {
@@ -142,6 +144,7 @@ def prompting(path: str, stories: int) -> None:
             print(f"\n> {' '.join(text.split())}")
 
 
+@one_line_errors
 def main():
     parser = runs_parser(__doc__, "letters_never_rewarded")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -150,8 +153,10 @@ def main():
     parser.add_argument("options", nargs="*", help="more options of the recipe, behind --")
     args = parser.parse_args()
     quiet()
+    if args.prompting or "smollm2" in args.models:
+        check_model_path("models", SMOLLM2_FOLDER)
     if args.prompting:
-        return prompting(SMOLLM2, args.stories)
+        return prompting(SMOLLM2_FOLDER, args.stories)
     groups = {
         f"{model}_{half}": seeds_of(
             f"{model}_{half}",

@@ -15,6 +15,7 @@ from trl import DPOConfig, GRPOConfig, ModelConfig, RLOOConfig
 from kl_alliteration.evaluation import ask_reward
 from kl_alliteration.lab import options as options_module
 from kl_alliteration.lab import refusals
+from kl_alliteration.lab.gguf import SMOLLM2_FOLDER
 from kl_alliteration.lab.inputs import check_lengths, load_prompts
 from kl_alliteration.lab.options import (
     OnlineArguments,
@@ -98,6 +99,7 @@ def test_wrong_kwargs_of_a_scheduler_and_a_file_s_own(tmp_path):
         (("--report_to", "foo"), "report_to: 'foo' is none of "),
         (("--model_name_or_path", "runs/tall_tre"), "model_name_or_path: there is no folder 'runs/tall_tre'"),
         (("--reward_model_name_or_path", "runs/x"), "reward_model_name_or_path: there is no folder 'runs/x'"),
+        (("--model_name_or_path", SMOLLM2_FOLDER), f"model_name_or_path: there is no folder '{SMOLLM2_FOLDER}' yet"),
         (("--output_dir", "a.txt"), "output_dir: 'a.txt' is a file"),
     ],
 )

@@ -24,6 +24,7 @@ from ..adapters import ORIGIN, read_origin
 from .survival import one_line_errors
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_FOLDER = "models/smollm2-135m-instruct"  # of `make smollm2`
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of version 0.1.2
 
 

@@ -11,7 +11,7 @@ from ..adapters import check_targets
 from ..guard import CollapseGuardCallback
 from ..penalty import KLPenalty
 from ..story_lm import PROMPT
-from .gguf import is_gguf
+from .gguf import SMOLLM2_FOLDER, is_gguf
 from .hub import check_hub
 from .refusals import check_sampling, check_trainer_options
 
@@ -298,6 +298,8 @@ def check_model_path(name: str, path: str) -> None:
 
     It looks like one too where its parent is a folder here: `runs/tall_tre` beside `runs/tall_tree`.
     """
+    if path == SMOLLM2_FOLDER and not Path(path).is_dir():  # it would be asked for at the Hub
+        raise ValueError(f"{name}: there is no folder {path!r} yet; `make smollm2` makes it")
     near = Path(path).parent != Path() and Path(path).parent.is_dir()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or near
     if looks_local and not Path(path).is_dir() and not is_gguf(path):
