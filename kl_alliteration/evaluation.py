@@ -42,13 +42,15 @@ class Judgement:
     rewards: list[float]  # NaN where it does not apply
     prompts: list[str]  # a conversation as its turns, without the chat template's marks
     completions: list[str]
+    ref_log_ratios: list[float] | None = None  # log policy - log reference of each completion, nats per sequence
 
     @property
     def texts(self) -> list[str]:
         return [prompt + completion for prompt, completion in zip(self.prompts, self.completions, strict=True)]
 
     def numbers(self) -> dict:
-        return {name: value for name, value in asdict(self).items() if not isinstance(value, list)}
+        lists = ("rewards", "prompts", "completions", "ref_log_ratios")
+        return {name: value for name, value in asdict(self).items() if name not in lists}
 
     def rows(self) -> list[dict]:
         """A story each: its prompt, completion and reward."""
@@ -252,78 +254,5 @@ def judge(
         rewards=rewards,
         prompts=asked,
         completions=texts,
+        ref_log_ratios=kls or None,
     )
-
-
-def best_of_n(rewards: torch.Tensor, largest_n: int, points: int = 24, bootstraps: int = 200, seed: int = 0) -> list:
-    """Expected reward of the best of n samples of the reference, and the largest KL that choosing it can cost.
-
-    Args:
-        rewards (`torch.Tensor`): (M,) rewards of independent samples of one prompt, or (P, M) of P prompts, whose
-            means are taken.
-        largest_n (`int`): The last n; `points` values from 1 on are evenly spaced in log n.
-
-    Returns:
-        `list[dict]`: `n`; `kl_per_sequence = log n - (n - 1) / n` nats (Beirami et al., arXiv 2401.01879, an upper
-        bound); `reward`, the mean of the largest over all subsets of size n, which is the unbiased estimate; `low` and
-        `high`, the 2.5th and 97.5th percentile of `bootstraps` sets, resampled within each prompt.
-    """
-    rewards = rewards.double().cpu().reshape(-1, rewards.shape[-1])  # (P, M)
-    m = rewards.shape[-1]
-    ns = sorted({round(largest_n ** (i / (points - 1))) for i in range(points)})
-    places = torch.arange(1, m + 1, dtype=torch.float64)
-    # The i-th smallest is the largest of C(i - 1, n - 1) subsets out of C(m, n).
-    weights = torch.stack([(_log_binomial(places - 1, n - 1) - _log_binomial(places[-1:], n)).exp() for n in ns])
-    generator = torch.Generator().manual_seed(seed)
-
-    def largest(rewards: torch.Tensor) -> torch.Tensor:  # (P, M) -> (N,)
-        return (rewards.sort().values @ weights.T).mean(0)
-
-    expected = largest(rewards)
-    resampled = (torch.randint(m, rewards.shape, generator=generator) for _ in range(bootstraps))
-    again = torch.stack([largest(rewards.gather(-1, places)) for places in resampled])
-    low, high = again.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    columns = zip(ns, expected.tolist(), low.tolist(), high.tolist(), strict=True)
-    return [
-        {"n": n, "kl_per_sequence": math.log(n) - (n - 1) / n, "reward": value, "low": below, "high": above}
-        for n, value, below, above in columns
-    ]
-
-
-def least_kl(rewards: torch.Tensor, prices: list[float], enough: float = 10.0) -> list[dict]:
-    """The least KL that a reward costs, read off the reference's own rewards.
-
-    Of all policies with one mean reward the one of least KL is `ref * exp(reward / price)`. For M rewards of a prompt
-    `w = softmax(rewards / price)`: its reward is `sum w rewards`, its KL `sum w log(M w)`.
-
-    Args:
-        rewards (`torch.Tensor`): (M,) rewards of independent samples of one prompt, or (P, M) of P prompts, whose
-            means are taken.
-        prices (`list[float]`): Reward per nat, > 0; a point each. It is the beta whose optimum the point is.
-        enough (`float`): Effective samples `1 / sum w^2`, in the mean over prompts, below which a point is left out:
-            there the samples do not show what the reference could do.
-
-    Returns:
-        `list[dict]`: `price`, `kl_per_sequence` in nats, `reward`, `effective_samples`, by rising KL.
-    """
-    rewards = rewards.double().cpu().reshape(-1, rewards.shape[-1])  # (P, M)
-    points = []
-    for price in sorted(prices, reverse=True):
-        log_w = (rewards / price).log_softmax(-1)
-        w = log_w.exp()
-        size = (1 / w.square().sum(-1)).mean().item()  # (P, M) -> (P,)
-        if size < enough:
-            break
-        kl = (w * (log_w + math.log(rewards.shape[-1]))).sum(-1).mean().item()
-        reward = (w * rewards).sum(-1).mean().item()
-        points.append({"price": price, "kl_per_sequence": kl, "reward": reward, "effective_samples": size})
-    return points
-
-
-def _log_binomial(n: torch.Tensor, k: int) -> torch.Tensor:
-    """log of n over k, -inf where k > n."""
-    inside = n >= k
-    safe = n.where(inside, torch.full_like(n, k))
-    one = torch.ones((), dtype=n.dtype)
-    found = torch.lgamma(safe + 1) - torch.lgamma(one * k + 1) - torch.lgamma(safe - k + 1)
-    return found.masked_fill(~inside, -torch.inf)

@@ -23,7 +23,7 @@ from accelerate import PartialState
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
-from kl_alliteration.evaluation import ask_reward, best_of_n, least_kl, plain_sampling, sample_rows
+from kl_alliteration.evaluation import ask_reward, plain_sampling, sample_rows
 from kl_alliteration.lab.checked_rewards import load_rewards
 from kl_alliteration.lab.figures import plot_frontier, read_run
 from kl_alliteration.lab.gguf import as_folder
@@ -32,6 +32,7 @@ from kl_alliteration.lab.options import check_model_path
 from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.sampling import use_fast_generate
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
+from kl_alliteration.yardsticks import best_of_n, least_kl
 
 
 @dataclass
@@ -92,19 +93,24 @@ def main():
             raise ValueError(f"largest_n must be at most half of the {rewards.numel()} stories that have a reward")
     frontier = best_of_n(rewards, args.largest_n, seed=args.seed)
     spread = rewards.std(-1).mean().item() or 1.0
-    least = least_kl(rewards, [spread * 2 ** (i / 4) for i in range(-16, 17)])
+    least = least_kl(rewards, [spread * 2 ** (i / 4) for i in range(-16, 17)], bootstraps=200)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"stories": rewards.numel(), "model": Path(path).name, "frontier": frontier, "least_kl": least}
-    (folder / "frontier.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    facts["sampled"] = {"reward_func": args.reward_func, "prompt": None if args.dataset_name else args.prompt}
+    facts["sampled"] |= {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
+    facts["rewards"] = rewards.tolist()
+    text = ",\n".join(f'"{name}": {json.dumps(value)}' for name, value in facts.items())
+    (folder / "frontier.json").write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
     plot_frontier(frontier, runs, folder / "frontier.png", least)
     print("| n | KL (nats per sequence) | reward | 95 % band |\n|---|---|---|---|")
     for point in frontier:
         band = f"{point['low']:.2f} to {point['high']:.2f}"
         print(f"| {point['n']} | {point['kl_per_sequence']:.2f} | {point['reward']:.2f} | {band} |")
-    print("\n| least KL (nats per sequence) | reward | price | effective samples |\n|---|---|---|---|")
+    print("\n| least KL (nats per sequence) | reward | 95 % band | price | effective samples |\n|---|---|---|---|---|")
     for point in least:
-        cells = [f"{point[name]:.2f}" for name in ("kl_per_sequence", "reward", "price")]
+        cells = [f"{point['kl_per_sequence']:.2f}", f"{point['reward']:.2f}"]
+        cells += [f"{point['low']:.2f} to {point['high']:.2f}", f"{point['price']:.2f}"]
         print(f"| {' | '.join(cells)} | {point['effective_samples']:.0f} |")
     print(f"frontier.json, frontier.png: {folder}")
 

@@ -345,6 +345,14 @@ def test_best_of_n_draws_the_frontier(tmp_path):
     run("best_of_n.py", "--stories", 60, "--largest_n", 30, "--max_new_tokens", 12, cwd=tmp_path)
     facts = json.loads((tmp_path / "runs/best_of_n/frontier.json").read_text())
     assert facts["frontier"][-1]["n"] == 30 and (tmp_path / "runs/best_of_n/frontier.png").stat().st_size > 5_000
+    frontier = ("--base_frontier", "runs/best_of_n/frontier.json")
+    options = [*SMALL, "--output_dir", "out", *frontier, "--max_completion_length"]
+    run(RECIPE, *options, 12, cwd=tmp_path)
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["efficiency"] is None or summary["efficiency"] > 0  # two steps may have bought nothing
+    done = run(RECIPE, *options, 13, cwd=tmp_path, check=False)
+    says = "frontier.json has max_new_tokens 12, the run has 13"
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(says)
     done = run("best_of_n.py", "--runs", "nowhere", cwd=tmp_path, check=False)
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: runs: there is no nowhere/metrics.jsonl"
 

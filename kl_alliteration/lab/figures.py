@@ -95,6 +95,9 @@ def plot_frontier(frontier: list[dict], runs: list[dict], path: str | Path, leas
     if least:
         curve = [(point["kl_per_sequence"], point["reward"]) for point in least]
         axis.plot(*zip(*curve, strict=True), color="0.2", linewidth=1.5, linestyle="--")
+        if "low" in least[0]:
+            band = [p["low"] for p in least], [p["high"] for p in least]
+            axis.fill_between([kl for kl, _ in curve], *band, color="0.9", linewidth=0)
         axis.annotate(" least KL", curve[-1], fontsize=11, path_effects=HALO)
     for i, (run, color) in enumerate(zip(runs, cycle(COLORS), strict=False)):
         color = run.get("color", color)

@@ -11,6 +11,7 @@ from ..adapters import check_targets
 from ..guard import CollapseGuardCallback
 from ..penalty import KLPenalty
 from ..story_lm import PROMPT
+from .frontier import read_base_rewards
 from .gguf import SMOLLM2_FOLDER, is_gguf
 from .hub import check_hub
 from .refusals import check_sampling, check_trainer_options
@@ -59,7 +60,13 @@ class StoryArguments(ScriptArguments):
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Prompts that are judged and not trained on. Default: those of the training."}
     )
-
+    base_frontier: str | None = field(
+        default=None,
+        metadata={
+            "help": "frontier.json of recipes/best_of_n.py, sampled as this run samples: the run's efficiency is read "
+            "from its rewards. The embedded model brings its own."
+        },
+    )
     adapter_learning_rate: float | None = field(
         default=None,
         metadata={
@@ -212,6 +219,7 @@ def check_options(args: StoryArguments, training_args, model_args) -> None:
     if args.eval_stories < 1:
         raise ValueError(f"eval_stories must be >= 1, got {args.eval_stories}")
     check_model_path("model_name_or_path", model_args.model_name_or_path)
+    read_base_rewards(args, args if isinstance(args, PairArguments) else training_args, model_args.model_name_or_path)
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint not in (None, LATEST) and not Path(checkpoint).is_dir():
         raise ValueError(f"resume_from_checkpoint: there is no folder {checkpoint!r}; `latest` takes the newest one")

@@ -32,6 +32,7 @@ from ..sampling import use_fast_sampling
 from ..shared_prompts import share_prompts
 from .checked_rewards import load_rewards
 from .figures import plot_curves
+from .frontier import efficiency_of, read_base_rewards
 from .hub import push, write_card
 from .inputs import check_lengths, load_held_out, load_policy, load_prompts, load_tokenizer, share_template_options
 from .judging import judge_policy
@@ -188,7 +189,7 @@ def push_run(trainer, args: StoryArguments, before: Judgement, after: Judgement)
     return push(trainer, folder)
 
 
-def show(before: Judgement, after: Judgement, folder: Path) -> None:
+def show(before: Judgement, after: Judgement, folder: Path, share: float | None = None) -> None:
     """The numbers and a few stories before and after, on the screen and as `stories.md`; all of them as JSON lines."""
     names = ("reward_mean", "pairs_per_100_words", "different_share", "distinct_2", "ended_share", "mean_length")
     names += ("entropy_per_token", "kl_per_token", "kl_per_sequence", "exact_kl_per_sequence")
@@ -198,6 +199,8 @@ def show(before: Judgement, after: Judgement, folder: Path) -> None:
     for name in names:
         values = [getattr(judgement, name) for judgement in (before, after)]
         table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in values))
+    if share is not None:
+        table.add_row("efficiency (least KL of this reward / KL)", "-", f"{share:.3f}")
     console = Console()
     console.print(table)
     lines = []
@@ -230,6 +233,7 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(StoryProgressCallback())
     sampling = args if isinstance(args, PairArguments) else training_args
+    base_rewards = read_base_rewards(args, sampling, model_args.model_name_or_path)
     judged = partial(
         judge_policy,
         trainer,
@@ -244,10 +248,12 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
     after = judged()
     save_final(trainer, below=args.adapter_name_or_path if model_args.use_peft else None)
     if trainer.is_world_process_zero():
-        show(before, after, folder)
+        share = efficiency_of(before, after, base_rewards)
+        show(before, after, folder, share)
         title = f"{Path(model_args.model_name_or_path).name}: {penalty_in_words(trainer, args)}"
         plot_curves(trainer.state.log_history, folder / "curves.png", title, before.reward_mean)
         summary = {"before": before.numbers(), "after": after.numbers(), "stories": after.texts[:5]}
+        summary |= {"efficiency": share}
         summary |= guarded | {"seconds": round(time.time() - parser.started, 1)}
         Path(folder, "summary.json").write_text(as_json(summary, indent=2) + "\n", encoding="utf-8")
         write_recipe(folder / "recipe.yaml", parser)

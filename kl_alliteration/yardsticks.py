@@ -1,0 +1,221 @@
+"""What a reward must cost: the least KL of any policy with that reward, and best-of-n sampling beside it.
+
+Both are read off rewards of the reference's own samples. Nothing is trained.
+"""
+
+import math
+
+import torch
+
+SPAN = 2.0**20  # of the prices that are searched, around the rewards' spread
+HALVINGS = 60
+ENOUGH = 10.0  # effective samples that carry a point of the curve
+
+
+def best_of_n(rewards: torch.Tensor, largest_n: int, points: int = 24, bootstraps: int = 200, seed: int = 0) -> list:
+    """Expected reward of the best of n samples of the reference, and the largest KL that choosing it can cost.
+
+    Args:
+        rewards (`torch.Tensor`): (M,) rewards of independent samples of one prompt, or (P, M) of P prompts, whose
+            means are taken.
+        largest_n (`int`): The last n; `points` values from 1 on are evenly spaced in log n.
+
+    Returns:
+        `list[dict]`: `n`; `kl_per_sequence = log n - (n - 1) / n` nats (Beirami et al., arXiv 2401.01879, an upper
+        bound); `reward`, the mean of the largest over all subsets of size n, which is the unbiased estimate; `low` and
+        `high`, the 2.5th and 97.5th percentile of `bootstraps` sets, resampled within each prompt.
+    """
+    rewards = rewards.double().cpu().reshape(-1, rewards.shape[-1])  # (P, M)
+    m = rewards.shape[-1]
+    ns = sorted({round(largest_n ** (i / (points - 1))) for i in range(points)})
+    places = torch.arange(1, m + 1, dtype=torch.float64)
+    # The i-th smallest is the largest of C(i - 1, n - 1) subsets out of C(m, n).
+    weights = torch.stack([(_log_binomial(places - 1, n - 1) - _log_binomial(places[-1:], n)).exp() for n in ns])
+    generator = torch.Generator().manual_seed(seed)
+
+    def largest(rewards: torch.Tensor) -> torch.Tensor:  # (P, M) -> (N,)
+        return (rewards.sort().values @ weights.T).mean(0)
+
+    expected = largest(rewards)
+    resampled = (torch.randint(m, rewards.shape, generator=generator) for _ in range(bootstraps))
+    again = torch.stack([largest(rewards.gather(-1, places)) for places in resampled])
+    low, high = again.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    columns = zip(ns, expected.tolist(), low.tolist(), high.tolist(), strict=True)
+    return [
+        {"n": n, "kl_per_sequence": math.log(n) - (n - 1) / n, "reward": value, "low": below, "high": above}
+        for n, value, below, above in columns
+    ]
+
+
+def least_kl(
+    rewards: torch.Tensor,
+    prices: list[float],
+    enough: float = ENOUGH,
+    ref_log_ratio: torch.Tensor | None = None,
+    bootstraps: int = 0,
+    seed: int = 0,
+) -> list[dict]:
+    """The least KL that a reward costs, as a curve over prices.
+
+    Of all policies with one mean reward the one of least KL is `ref * exp(reward / price)`. For M rewards of a prompt
+    `w = softmax(rewards / price)`: its reward is `sum w rewards`, its KL `sum w log(M w)`. Samples of another policy
+    are weighted back to the reference, `w = softmax(rewards / price - ref_log_ratio)`: they reach further where that
+    policy is near the optimum.
+
+    Args:
+        rewards (`torch.Tensor`): (M,) rewards of independent samples of one prompt, or (P, M) of P prompts, whose
+            means are taken. NaN, a reward that does not apply, is left out: the curve is that of the other texts.
+        prices (`list[float]`): Reward per nat, > 0; a point each. It is the beta whose optimum the point is.
+        enough (`float`): Effective samples `1 / sum w^2`, in the mean over prompts, below which a point is left out:
+            there the samples do not show what the reference could do.
+        ref_log_ratio (`torch.Tensor`, *optional*): log policy - log reference of each sample, in nats per sequence,
+            in the shape of `rewards`, where a policy wrote them and not the reference.
+        bootstraps (`int`): Sets, resampled within each prompt, of which `low` and `high` are the 2.5th and 97.5th
+            percentile of the reward at the point's KL; 0 leaves them out.
+        seed (`int`): Of the bootstrap.
+
+    Returns:
+        `list[dict]`: `price`, `kl_per_sequence` in nats, `reward`, `effective_samples`, `largest_weight` (of one
+        sample, in the mean over prompts), and with bootstraps `low`, `high`, by rising KL.
+    """
+    rewards, ratio = _by_prompt(rewards, ref_log_ratio)
+    points = []
+    for price in sorted(prices, reverse=True):
+        point = _point(rewards, ratio, price)
+        if not point["effective_samples"] >= enough:
+            break
+        points.append(point)
+    if not bootstraps or not points:
+        return points
+    generator, grid = torch.Generator().manual_seed(seed), torch.tensor(prices, dtype=torch.float64)
+    kls = torch.tensor([point["kl_per_sequence"] for point in points], dtype=torch.float64)
+    again = []
+    for _ in range(bootstraps):
+        places = torch.randint(rewards.shape[-1], rewards.shape, generator=generator)
+        some = rewards.gather(-1, places), ratio.gather(-1, places)
+        log_z = torch.stack([_log_z(*some, price).mean() for price in prices])
+        again.append((grid * (log_z + kls[:, None])).amin(-1))  # the largest reward at a KL, by duality: (N,)
+    bounds = torch.stack(again).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    for point, low, high in zip(points, *bounds.tolist(), strict=True):
+        point |= {"low": low, "high": high}
+    return points
+
+
+def least_kl_at(
+    rewards: torch.Tensor,
+    kl_per_sequence: float | None = None,
+    reward: float | None = None,
+    ref_log_ratio: torch.Tensor | None = None,
+) -> dict:
+    """The point of [`least_kl`]'s curve with this KL, or with this mean reward: its `price` is the beta to ask for.
+
+    However few samples carry it, there is an answer: `effective_samples` below about ten says that it is a guess.
+
+    Args:
+        rewards, ref_log_ratio (`torch.Tensor`): As for [`least_kl`].
+        kl_per_sequence (`float`, *optional*): In nats, > 0.
+        reward (`float`, *optional*): The mean reward, in place of it. At or below the reference's own it costs 0.
+
+    Raises:
+        `ValueError`: where not exactly one of both is given, or no weighting of the samples reaches it.
+    """
+    if (kl_per_sequence is None) == (reward is None):
+        raise ValueError("give one of kl_per_sequence and reward")
+    rewards, ratio = _by_prompt(rewards, ref_log_ratio)
+    name, value = ("kl_per_sequence", kl_per_sequence) if reward is None else ("reward", reward)
+    if name == "kl_per_sequence" and not 0 < value < math.inf:
+        raise ValueError(f"kl_per_sequence must be > 0 and finite, got {value}")
+    low, high = (_tilted(rewards, ratio, each)[name] for each in _price_range(rewards))
+    if name == "reward" and value <= low:
+        # An infinite price: the reference itself.
+        return _point(rewards, ratio, math.inf) | {"kl_per_sequence": 0.0}
+    if not value <= high:
+        raise ValueError(f"{name} {value:g} is beyond what these samples show, at most {high:.4g}: sample more texts")
+    return _point(rewards, ratio, _price(rewards, ratio, name, value))
+
+
+def efficiency(
+    ref_rewards: torch.Tensor, rewards: torch.Tensor, ref_log_ratio: torch.Tensor, kl_per_sequence: float
+) -> float | None:
+    """The least KL of the mean reward that a policy reached, over the KL that it spent: at most 1.
+
+    The least is read off the reference's samples, and beyond their reach off the policy's own; `None` where fewer than
+    ten effective samples would carry it, and where nothing was spent.
+
+    Args:
+        ref_rewards (`torch.Tensor`): (M,) rewards of the reference's samples of one prompt, or (P, M) of P prompts,
+            beyond whose reach there is no answer; NaN does not apply.
+        rewards (`torch.Tensor`): (N,) rewards of the policy's.
+        ref_log_ratio (`torch.Tensor`): (N,) log policy - log reference of the policy's, in nats per sequence.
+        kl_per_sequence (`float`): What was spent, in nats; the exact KL where it is known.
+    """
+    reached = rewards[~rewards.isnan()].double().mean().item()
+    if not kl_per_sequence > 0 or not math.isfinite(reached):
+        return None
+    samples = [(ref_rewards, None), (rewards, ref_log_ratio)]
+    for some, ratio in samples[: 1 if ref_rewards.numel() > ref_rewards.shape[-1] else 2]:
+        try:
+            least = least_kl_at(some, reward=reached, ref_log_ratio=ratio)
+        except ValueError:  # beyond these samples
+            continue
+        if least["effective_samples"] >= ENOUGH:
+            return least["kl_per_sequence"] / kl_per_sequence
+    return None
+
+
+def _by_prompt(rewards: torch.Tensor, ratio: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(P, M) float64 of the prompts that have a reward which applies."""
+    rewards = torch.as_tensor(rewards).double().cpu().reshape(-1, rewards.shape[-1])
+    ratio = torch.zeros_like(rewards) if ratio is None else ratio.double().cpu().reshape(rewards.shape)
+    some = (~rewards.isnan()).any(-1)
+    if not some.any():
+        raise ValueError("rewards: none of them applies")
+    return rewards[some], ratio[some]
+
+
+def _log_weights(rewards: torch.Tensor, ratio: torch.Tensor, price: float) -> torch.Tensor:
+    """(P, M), before they are normalised."""
+    return (rewards / price - ratio).where(~rewards.isnan(), -torch.inf)
+
+
+def _log_z(rewards: torch.Tensor, ratio: torch.Tensor, price: float) -> torch.Tensor:
+    """log of the mean weight, (P, M) -> (P,): what normalises the tilted reference."""
+    return _log_weights(rewards, ratio, price).logsumexp(-1) - (~rewards.isnan()).sum(-1).double().log()
+
+
+def _tilted(rewards: torch.Tensor, ratio: torch.Tensor, price: float) -> dict:
+    w = _log_weights(rewards, ratio, price).softmax(-1)
+    reward = (w * rewards.nan_to_num()).sum(-1)  # (P, M) -> (P,)
+    kl = reward / price - _log_z(rewards, ratio, price)
+    return {"kl_per_sequence": kl.mean().item(), "reward": reward.mean().item()}
+
+
+def _point(rewards: torch.Tensor, ratio: torch.Tensor, price: float) -> dict:
+    w = _log_weights(rewards, ratio, price).softmax(-1)
+    size = {"effective_samples": (1 / w.square().sum(-1)).mean().item(), "largest_weight": w.amax(-1).mean().item()}
+    return {"price": price} | _tilted(rewards, ratio, price) | size
+
+
+def _price_range(rewards: torch.Tensor) -> tuple[float, float]:
+    """Prices so high that nothing is bought, and so low that each prompt's best sample has all the weight."""
+    known = rewards[~rewards.isnan()]
+    spread = (known.max() - known.min()).item() or 1.0
+    return spread * SPAN, spread / SPAN
+
+
+def _price(rewards: torch.Tensor, ratio: torch.Tensor, name: str, value: float) -> float:
+    """By bisection of its logarithm: KL and reward both fall as the price rises."""
+    high, low = _price_range(rewards)
+    for _ in range(HALVINGS):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if _tilted(rewards, ratio, middle)[name] > value else (low, middle)
+    return math.sqrt(low * high)
+
+
+def _log_binomial(n: torch.Tensor, k: int) -> torch.Tensor:
+    """log of n over k, -inf where k > n."""
+    inside = n >= k
+    safe = n.where(inside, torch.full_like(n, k))
+    one = torch.ones((), dtype=n.dtype)
+    found = torch.lgamma(safe + 1) - torch.lgamma(one * k + 1) - torch.lgamma(safe - k + 1)
+    return found.masked_fill(~inside, -torch.inf)

@@ -1,0 +1,73 @@
+"""The base's own rewards beside a run: which file is its own, and the efficiency that is read from it."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from kl_alliteration import Judgement
+from kl_alliteration.lab.frontier import efficiency_of, read_base_rewards
+from kl_alliteration.lab.options import ALLITERATION
+from kl_alliteration.story_lm import MODEL_PATH, PROMPT
+from kl_alliteration.yardsticks import least_kl_at
+
+SAMPLED = {"reward_func": ALLITERATION, "prompt": PROMPT, "temperature": 1.0, "max_new_tokens": 100}
+
+
+def read(model=MODEL_PATH, **changed):
+    args = {"base_frontier": None, "reward_funcs": [ALLITERATION], "reward_model_name_or_path": None}
+    args |= {"dataset_name": None, "prompt": PROMPT, "temperature": 1.0, "max_completion_length": 100}
+    args = SimpleNamespace(**args | changed)
+    return read_base_rewards(args, args, str(model))
+
+
+def judged(reward: float, kl: float, ratios: list[float]) -> Judgement:
+    numbers = dict.fromkeys(Judgement.__dataclass_fields__, 0.0) | {"exact_kl_per_sequence": kl}
+    return Judgement(**numbers | {"rewards": [reward] * len(ratios), "ref_log_ratios": ratios})
+
+
+def test_the_embedded_model_brings_its_own():
+    rewards = read()
+    assert rewards.shape == (1, 12_000) and rewards.mean().item() == pytest.approx(4.28, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"temperature": 0.7},
+        {"max_completion_length": 48},
+        {"reward_funcs": ["mine.reward"]},
+        {"reward_funcs": [ALLITERATION, ALLITERATION]},
+        {"reward_weights": [2.0]},
+        {"reward_model_name_or_path": "a/model"},
+        {"prompt": "There was"},
+        {"dataset_name": "prompts.jsonl"},
+    ],
+    ids=str,
+)
+def test_a_run_of_another_kind_has_none_of_it(tmp_path, changed):
+    assert read(**changed) is None and read(model=tmp_path) is None
+    path = tmp_path / "frontier.json"
+    path.write_text(json.dumps({"sampled": SAMPLED, "rewards": [[0.0, 1.0]]}))
+    assert read(model=tmp_path, base_frontier=str(path)).tolist() == [[0, 1]]
+    with pytest.raises(ValueError, match="^base_frontier: "):
+        read(base_frontier=str(path), **changed)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"sampled": {}}', '{"sampled": {}, "rewards": [["a"]]}', None])
+def test_what_is_no_frontier_is_named(tmp_path, content):
+    path = tmp_path / "frontier.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match="base_frontier: .* is no frontier.json of recipes/best_of_n.py"):
+        read(base_frontier=str(path))
+
+
+def test_efficiency_is_the_least_over_the_spent():
+    rewards = read()
+    least = least_kl_at(rewards, reward=9.0)["kl_per_sequence"]
+    before, after = judged(4.3, 0.0, [0.0] * 4), judged(9.0, 4.0, [4.0] * 4)
+    assert efficiency_of(before, after, rewards) == pytest.approx(least / 4) and 1 < least < 2.25
+    assert efficiency_of(judged(4.3, 3.0, [3.0] * 4), after, rewards) is None  # it did not begin at its reference
+    assert efficiency_of(before, judged(15.9, 9.0, [9.0] * 4), rewards) is None  # nobody has seen that
+    assert efficiency_of(before, after, None) is None
