@@ -93,6 +93,9 @@ class KLPenalty:
             Nats per token without a penalty: only the KL beyond this many times the completion's length is
             penalised. `None` is no budget. With 0 every KL above zero is penalised.
         top_k (`int`, *optional*, defaults to `64`): Tokens that `"top_k"` takes in full.
+        within_budget (`float`, *optional*, defaults to 0):
+            What a nat within the budget costs, as a share of what one beyond it costs, from 0 to 1. Where it costs
+            nothing, noise is free. 1 is no budget at all.
 
     Raises:
         `ValueError`: for an unknown choice, or a combination that has no meaning.
@@ -104,6 +107,7 @@ class KLPenalty:
     direction: str = "reverse"
     budget_per_token: float | None = None
     top_k: int = 64
+    within_budget: float = 0.0
 
     def __post_init__(self):
         kl.check_choice("estimator", self.estimator, kl.estimators())
@@ -117,7 +121,11 @@ class KLPenalty:
             )
         if self.top_k < 1:
             raise ValueError(f"top_k must be >= 1, got {self.top_k}")
+        if not 0 <= self.within_budget <= 1:
+            raise ValueError(f"within_budget must be from 0 to 1, got {self.within_budget}")
         if self.budget_per_token is None:
+            if self.within_budget:
+                raise ValueError(f"within_budget {self.within_budget} needs a budget: set budget_per_token")
             return
         if not 0 <= self.budget_per_token < float("inf"):
             raise ValueError(f"budget_per_token must be >= 0 and finite, got {self.budget_per_token}")
@@ -152,7 +160,8 @@ class KLPenalty:
         penalty = kl.reduce_per_sequence(per_token_kl, rollout.completion_mask, self.reduction)  # (B,)
         if self.budget_per_token is None:
             return penalty
-        return kl.over_budget(penalty, rollout.completion_mask, self.reduction, self.budget_per_token)
+        beyond = kl.over_budget(penalty, rollout.completion_mask, self.reduction, self.budget_per_token)
+        return self.within_budget * penalty + (1 - self.within_budget) * beyond
 
     def in_words(self, beta: float | None = None) -> str:
         """For titles, cards and logs: `exact in the reward and loss, beta 1 per nat of the sequence beyond ...`."""
@@ -162,6 +171,7 @@ class KLPenalty:
         words += f"per nat of the {'sequence' if self.reduction == 'sum' else 'token'}"
         if self.budget_per_token is not None:
             words += f" beyond a budget of {self.budget_per_token:g} nats per token"
+            words += f", {self.within_budget:g} of it within" if self.within_budget else ""
         return words
 
     @property
@@ -178,7 +188,8 @@ class KLPenalty:
         if self.reduction == "mean":
             words += "; divided by the completion's length, so that long completions count less per token"
         if self.budget_per_token is not None:
-            words += "; none within the budget, that of the completions beyond it only outside"
+            inside = f"{self.within_budget:g} of it" if self.within_budget else "none"
+            words += f"; {inside} within the budget, that of the completions beyond it only outside"
         return GradientContract(words, row.use_instead)
 
     @property

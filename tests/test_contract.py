@@ -204,19 +204,20 @@ def test_mean_where_lengths_vary(enumerated, estimator, placement):
 BUDGET = 1.6  # nats per token: some completions are within it, some beyond
 
 
+@pytest.mark.parametrize("within", [0, 0.3])
 @pytest.mark.parametrize("reduction", kl.REDUCTIONS)
 @pytest.mark.parametrize("row", [("k1", "reward"), ("exact", "loss"), ("exact", "both")], ids="-".join)
-def test_budget(enumerated, row, reduction):
-    """Within the budget nothing; beyond it the row's own gradient, of the completions beyond it."""
+def test_budget(enumerated, row, reduction, within):
+    """Within the budget a share of the row's own gradient, or nothing; beyond it all, of the completions beyond it."""
     trainer = enumerated(ENDING)
-    KLPenaltyCallback(trainer, KLPenalty(*row, reduction=reduction, budget_per_token=BUDGET))
+    KLPenaltyCallback(trainer, KLPenalty(*row, reduction=reduction, budget_per_token=BUDGET, within_budget=within))
     t = Tables(trainer)
     objective, beyond = 0, 0
     for log_p, ratio, exact, n in ending_terms(t):
         value = (ratio if row[0] == "k1" else exact) / (n if reduction == "mean" else 1)
         excess = (value - BUDGET * (1 if reduction == "mean" else n)).clamp(min=0)
         beyond += excess.item() > 0
-        probability = log_p.exp()
+        probability, excess = log_p.exp(), within * value + (1 - within) * excess
         if row[1] == "reward":
             excess = excess.detach()
         if row[1] == "loss":
@@ -257,6 +258,8 @@ def test_a_good_choice_is_silent(enumerated, recwarn, row):
 
 
 def test_words_name_reduction_and_budget():
+    shared = KLPenalty("exact", "both", budget_per_token=0.1, within_budget=0.2).contract.gradient
+    assert "0.2 of it within the budget" in shared
     words = KLPenalty("exact", "both", "mean", budget_per_token=0.1).contract.gradient
     assert (
         "reverse KL" in words and "divided by the completion's length" in words and "none within the budget" in words

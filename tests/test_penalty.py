@@ -28,6 +28,10 @@ REFUSED = [
         "budget_per_token in the loss needs the estimator exact or top_k, got 'k1'; none takes the budget away",
     ),
     ({"estimator": "k3", "placement": "both", "budget_per_token": 0.0}, "budget_per_token in the loss needs"),
+    ({"budget_per_token": 0.1, "within_budget": -0.1}, "within_budget must be from 0 to 1, got -0.1"),
+    ({"budget_per_token": 0.1, "within_budget": 1.1}, "within_budget must be from 0 to 1, got 1.1"),
+    ({"budget_per_token": 0.1, "within_budget": math.nan}, "within_budget must be from 0 to 1, got nan"),
+    ({"within_budget": 0.5}, "within_budget 0.5 needs a budget: set budget_per_token"),
 ]
 
 
@@ -43,7 +47,7 @@ def test_what_is_no_penalty_is_refused(options, message):
 def test_the_options_make_the_same_value():
     assert PenaltyArguments().penalty == KLPenalty()
     fields = {"estimator": "exact", "placement": "both", "reduction": "mean", "direction": "forward"}
-    fields |= {"budget_per_token": 0.5, "top_k": 7}
+    fields |= {"budget_per_token": 0.5, "top_k": 7, "within_budget": 0.25}
     assert set(fields) == {field.name for field in dataclasses.fields(KLPenalty)}
     assert PenaltyArguments(**{f"kl_{name}": value for name, value in fields.items()}).penalty == KLPenalty(**fields)
 
@@ -98,6 +102,8 @@ def rollout():
         ({"budget_per_token": 0.0}, [3, 0]),
         ({"budget_per_token": 1.0}, [3 - 2, 0]),
         ({"budget_per_token": 1.0, "reduction": "mean"}, [1.5 - 1, 0]),
+        ({"budget_per_token": 1.0, "within_budget": 0.25}, [0.25 * 2 + 1, 0.25 * -0.25]),
+        ({"budget_per_token": 1.0, "within_budget": 1.0}, [3, -0.25]),
         ({"estimator": "abs", "budget_per_token": 0.5}, [3 - 1, 1.75 - 1.5]),
         ({"estimator": "abs", "budget_per_token": 0.5, "reduction": "mean"}, [1.5 - 0.5, 1.75 / 3 - 0.5]),
     ],
@@ -125,6 +131,11 @@ def test_on_a_rollout_by_hand(rollout, options, expected):
             {"budget_per_token": 0.15},
             1,
             "k1 in the reward, beta 1 per nat of the sequence beyond a budget of 0.15 nats per token",
+        ),
+        (
+            {"budget_per_token": 0.2, "within_budget": 0.25},
+            4,
+            "k1 in the reward, beta 4 per nat of the sequence beyond a budget of 0.2 nats per token, 0.25 of it within",
         ),
         (
             {"budget_per_token": 0.0},

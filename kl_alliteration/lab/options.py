@@ -164,6 +164,10 @@ class PenaltyArguments(OnlineArguments):
             "help": "Nats per token without a penalty; only the KL beyond that is penalised. `none` is no budget."
         },
     )
+    kl_within_budget: float = field(
+        default=0.0,
+        metadata={"help": "What a nat within the budget costs, as a share of beta: 0 is free, 1 is no budget."},
+    )
     kl_top_k: int = field(default=64, metadata={"help": "Tokens that kl_estimator `top_k` takes in full."})
     beta_unit: str = field(
         default="sequence",
@@ -185,6 +189,7 @@ class PenaltyArguments(OnlineArguments):
                 self.kl_direction,
                 self.kl_budget_per_token,
                 self.kl_top_k,
+                self.kl_within_budget,
             )
         except ValueError as error:  # which names the penalty's field: the option is that with a prefix
             raise ValueError(f"kl_{error}") from None
