@@ -133,9 +133,9 @@ def test_on_a_rollout_by_hand(rollout, options, expected):
             "k1 in the reward, beta 1 per nat of the sequence beyond a budget of 0.15 nats per token",
         ),
         (
-            {"budget_per_token": 0.2, "within_budget": 0.25},
+            {"budget_per_token": 1, "within_budget": 0.25},
             4,
-            "k1 in the reward, beta 4 per nat of the sequence beyond a budget of 0.2 nats per token, 0.25 of it within",
+            "k1 in the reward, beta 4 per nat of the sequence beyond a budget of 1 nats per token, 0.25 of it within",
         ),
         (
             {"budget_per_token": 0.0},
