@@ -176,3 +176,40 @@ def save_stacked(below: str, above: str, folder: str) -> None:
     model.add_weighted_adapter(["stacked"], [1.0], ADAPTER, combination_type="cat")
     name_base(model)
     model.save_pretrained(folder, selected_adapters=[ADAPTER])
+
+
+def check_fraction(fraction: float) -> None:
+    """`ValueError` for what is no point of the way."""
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction must be from 0 to 1, got {fraction}")
+
+
+@torch.no_grad()
+def go_back(model: PreTrainedModel | PeftModel, fraction: float, base: PreTrainedModel | None = None) -> None:
+    """Move a trained model to a fraction of the way from its base, in place: at 0 it is the base, at 1 it stays.
+
+    Part of the way often has more reward for its KL than the same training had when it passed that KL. Interpolation
+    is that of WiSE-FT (arXiv 2109.01903), and towards the reference in RLHF WARP's (arXiv 2406.16768).
+
+    Args:
+        model: A whole model, or one with a LoRA adapter, whose product is scaled.
+        base ([`~transformers.PreTrainedModel`], *optional*): What a whole model was trained from; on its device.
+
+    Raises:
+        `ValueError`: for a fraction outside of 0 to 1, and an adapter that is not a product of two matrices alone.
+    """
+    check_fraction(fraction)
+    if fraction == 1:
+        return
+    if not isinstance(model, PeftModel):
+        for parameter, other in zip(model.parameters(), base.parameters(), strict=True):
+            parameter.copy_(torch.lerp(other.to(parameter.dtype), parameter, fraction))
+        return
+    for config in model.peft_config.values():
+        more = [name for name in ("use_dora", "modules_to_save") if getattr(config, name, None)]
+        more += ["bias"] if getattr(config, "bias", "none") != "none" else []
+        if not isinstance(config, LoraConfig) or more:
+            raise ValueError(f"only plain LoRA can go part of the way, got {config.peft_type.value} {' '.join(more)}")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_B" in name:
+            parameter.mul_(fraction)

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import yaml
 from accelerate import PartialState
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .._trl import asking
-from ..adapters import is_adapter, load_adapter
+from ..adapters import go_back, is_adapter, load_adapter
 from ..evaluation import Judgement, judge, tokenize_prompts
 from ..sampling import use_fast_generate
 from ..story_lm import MODEL_PATH, PROMPT
@@ -65,22 +66,40 @@ def judge_policy(trainer, stories: int, reward, max_new_tokens: int, temperature
     )
 
 
-def judge_run(folder: str | Path, stories: int, seed: int = 1, untrained: bool = False) -> Judgement:
-    """Fresh stories of what a finished run of any recipe left, and the KL to the base that it started from.
+def read_options(folder: str | Path) -> dict:
+    """A finished run's `recipe.yaml`."""
+    return yaml.safe_load(Path(folder, "recipe.yaml").read_text(encoding="utf-8")) or {}
 
-    The prompts, the rewards and the lengths are those of its `recipe.yaml`; the base is the reference whatever the
-    run's own was, and also where it had none. `untrained` judges the base itself, by the same prompts and seed.
+
+def load_run(folder: str | Path, fraction: float = 1.0, untrained: bool = False):
+    """`(model, reference)` of a finished run, the model at a `fraction` of the way from the base that it started from.
+
+    The reference is `None` where it is the model with its adapter off, and for the base itself, `untrained`.
     """
-    options = yaml.safe_load(Path(folder, "recipe.yaml").read_text(encoding="utf-8")) or {}
-    base = as_folder(options.get("model_name_or_path", str(MODEL_PATH)))
-    adapter = is_adapter(str(folder)) and not untrained
-    if adapter:
+    base = as_folder(read_options(folder).get("model_name_or_path", str(MODEL_PATH)))
+    device, reference = PartialState().device, None
+    if is_adapter(str(folder)) and not untrained:
         model = load_adapter(str(folder), base)
     else:
         model = AutoModelForCausalLM.from_pretrained(base if untrained else folder)
-    model.to(PartialState().device).eval()
+        if not untrained:
+            reference = AutoModelForCausalLM.from_pretrained(base).eval()
+    go_back(model, fraction, reference)
+    return model.to(device).eval(), None if reference is None else reference.to(device)
+
+
+def judge_run(
+    folder: str | Path, stories: int, seed: int = 1, untrained: bool = False, fraction: float = 1.0
+) -> Judgement:
+    """Fresh stories of what a finished run of any recipe left, and the KL to the base that it started from.
+
+    The prompts, the rewards and the lengths are those of its `recipe.yaml`; the base is the reference whatever the
+    run's own was, and also where it had none. `untrained` judges the base itself, by the same prompts and seed,
+    `fraction` a point of the way from it to the trained model.
+    """
+    options = read_options(folder)
+    model, ref_model = load_run(folder, fraction, untrained)
     use_fast_generate(model)
-    ref_model = None if adapter or untrained else AutoModelForCausalLM.from_pretrained(base).to(model.device).eval()
     rewards = options.get("reward_funcs", [ALLITERATION])
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     names = ("dataset_name", "dataset_config", "eval_dataset_name")
@@ -105,7 +124,7 @@ def judge_run(folder: str | Path, stories: int, seed: int = 1, untrained: bool =
         max_new_tokens=options.get("max_completion_length", 100),
         temperature=options.get("temperature", 1.0),
         ref_model=ref_model,
-        adapter_off_is_reference=adapter,
+        adapter_off_is_reference=isinstance(model, PeftModel),
         seed=seed,
         columns={name: [row[name] for row in rows] for name in prompts.column_names if name != "prompt"},
         tokenize=tokenize,
