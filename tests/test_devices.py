@@ -45,11 +45,13 @@ FACTORIES = {
 }  # fmt: skip
 ON_THE_CPU = {  # function of a module, and why what it makes has no input on a device
     "_trl/seam.last_rewards": "floats of the trainer's log, which become a float again",
-    "evaluation.best_of_n": "a table of numbers, from rewards that are floats",
-    "evaluation._log_binomial": "the same",
     "rewards/reward_model.__init__": "parameters and buffers, which move with their module",
     "rewards/reward_model.from_tokenizer": "of strings, copied into a buffer",
     "rewards/reward_model.character_tables": "the CPU's table, of which every device gets a copy",
+    "yardsticks._by_prompt": "to the CPU: rewards and sums of log-ratios, of which numbers are made",
+    "yardsticks._log_binomial": "a table of numbers",
+    "yardsticks.best_of_n": "a table of numbers, from rewards that went to the CPU",
+    "yardsticks.least_kl": "the same",
 }
 
 
