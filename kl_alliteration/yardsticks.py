@@ -139,8 +139,9 @@ def efficiency(
 ) -> float | None:
     """The least KL of the mean reward that a policy reached, over the KL that it spent: at most 1.
 
-    The least is read off the reference's samples, and beyond their reach off the policy's own; `None` where fewer than
-    ten effective samples would carry it, and where nothing was spent.
+    The least is read off the reference's samples, and beyond their reach off the policy's own. `None` where fewer than
+    ten effective samples would carry it, where nothing was spent, and where the gain in reward is within two standard
+    errors of none: the ratio would be one of noise.
 
     Args:
         ref_rewards (`torch.Tensor`): (M,) rewards of the reference's samples of one prompt, or (P, M) of P prompts,
@@ -149,9 +150,13 @@ def efficiency(
         ref_log_ratio (`torch.Tensor`): (N,) log policy - log reference of the policy's, in nats per sequence.
         kl_per_sequence (`float`): What was spent, in nats; the exact KL where it is known.
     """
-    reached = rewards[~rewards.isnan()].double().mean().item()
-    if not kl_per_sequence > 0 or not math.isfinite(reached):
+    known = rewards[~rewards.isnan()].double()
+    if not len(known):
         return None
+    gain = known.mean() - ref_rewards.double().nanmean()
+    if not kl_per_sequence > 0 or not gain > 2 * known.std(correction=0) / len(known) ** 0.5:
+        return None
+    reached = known.mean().item()
     samples = [(ref_rewards, None), (rewards, ref_log_ratio)]
     for some, ratio in samples[: 1 if ref_rewards.numel() > ref_rewards.shape[-1] else 2]:
         try:

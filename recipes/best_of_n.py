@@ -96,7 +96,12 @@ def main():
     least = least_kl(rewards, [spread * 2 ** (i / 4) for i in range(-16, 17)], bootstraps=200)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"stories": rewards.numel(), "model": Path(path).name, "frontier": frontier, "least_kl": least}
+    facts = {
+        "stories": rewards.numel(),
+        "model": Path(args.model_name_or_path).name,
+        "frontier": frontier,
+        "least_kl": least,
+    }
     facts["sampled"] = {"reward_func": args.reward_func, "prompt": None if args.dataset_name else args.prompt}
     facts["sampled"] |= {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
     facts["rewards"] = rewards.tolist()

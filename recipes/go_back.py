@@ -65,6 +65,7 @@ def main():
         check_fraction(fraction)
     if args.keep is not None:
         return save(args)
+    known = json.loads(Path(args.frontier).read_text(encoding="utf-8")) if args.frontier else {}
     points = []
     for fraction in track(sorted(args.fractions), description="points"):
         judged = judge_run(args.run, args.stories, args.seed, fraction=fraction).numbers()
@@ -73,7 +74,6 @@ def main():
     (folder / "way.json").write_text(json.dumps(points, indent=1) + "\n", encoding="utf-8")
     places = [(point["exact_kl_per_sequence"], point["reward_mean"]) for point in points]
     way = {"name": "the way", "points": places, "labels": [f"{point['fraction']:g}" for point in points]}
-    known = json.loads(Path(args.frontier).read_text(encoding="utf-8")) if args.frontier else {}
     runs = [way, read_run(folder) | {"name": "the run"}] if (folder / "metrics.jsonl").is_file() else [way]
     plot_frontier(known.get("frontier", []), runs, folder / "way.png", known.get("least_kl", []))
     print(f"| of the way | {' | '.join(COLUMNS.values())} |\n|{'---|' * (len(COLUMNS) + 1)}")

@@ -46,12 +46,15 @@ def test_the_embedded_model_brings_its_own():
     ids=str,
 )
 def test_a_run_of_another_kind_has_none_of_it(tmp_path, changed):
-    assert read(**changed) is None and read(model=tmp_path) is None
+    tiny = tmp_path / "tiny"
+    assert read(**changed) is None and read(model=tiny) is None
     path = tmp_path / "frontier.json"
-    path.write_text(json.dumps({"sampled": SAMPLED, "rewards": [[0.0, 1.0]]}))
-    assert read(model=tmp_path, base_frontier=str(path)).tolist() == [[0, 1]]
+    path.write_text(json.dumps({"model": "Tiny", "sampled": SAMPLED, "rewards": [[0.0, 1.0]]}))
+    assert read(model=tiny, base_frontier=str(path)).tolist() == [[0, 1]]
     with pytest.raises(ValueError, match="^base_frontier: "):
-        read(base_frontier=str(path), **changed)
+        read(model=tiny, base_frontier=str(path), **changed)
+    with pytest.raises(ValueError, match="has model 'tiny', the run has 'model'"):
+        read(base_frontier=str(path))
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"sampled": {}}', '{"sampled": {}, "rewards": [["a"]]}', None])

@@ -90,6 +90,9 @@ def test_the_curve_and_the_point_that_is_kept(tmp_path, adapter):
 
     run("go_back.py", "--run", "out", "--keep", "0.5", "--output_dir", "near", cwd=tmp_path)
     assert ("adapter_config.json" if adapter else "model.safetensors") in os.listdir(tmp_path / "near")
+    if adapter:
+        config = json.loads((tmp_path / "near/adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "kl_alliteration/story_lm/model"  # on every machine
     assert AutoTokenizer.from_pretrained(tmp_path / "near").eos_token
     run("tell_stories.py", "--model_name_or_path", "near", "--stories", 1, cwd=tmp_path)
 
@@ -99,6 +102,7 @@ def test_the_curve_and_the_point_that_is_kept(tmp_path, adapter):
     [
         (["--run", "nowhere"], "run: 'nowhere' has no recipe.yaml"),
         (["--run", "out", "--keep", "0.5"], "keep and output_dir go together"),
+        (["--run", "out", "--frontier", "nowhere.json"], "nowhere.json"),
         (["--run", "out", "--keep", "1.5", "--output_dir", "new"], "fraction must be from 0 to 1, got 1.5"),
         (["--run", "out", "--keep", "0.5", "--output_dir", "out"], "output_dir: 'out' is not empty"),
     ],

@@ -349,7 +349,7 @@ def test_best_of_n_draws_the_frontier(tmp_path):
     options = [*SMALL, "--output_dir", "out", *frontier, "--max_completion_length"]
     run(RECIPE, *options, 12, cwd=tmp_path)
     summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert summary["efficiency"] is None or summary["efficiency"] > 0  # two steps may have bought nothing
+    assert summary["efficiency"] is None  # two steps bought nothing that so few stories could tell from noise
     done = run(RECIPE, *options, 13, cwd=tmp_path, check=False)
     says = "frontier.json has max_new_tokens 12, the run has 13"
     assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(says)

@@ -191,3 +191,7 @@ def test_efficiency_is_none_where_nobody_knows():
     assert efficiency(few, few + 5, torch.zeros(3), 4.0) is None  # beyond the reference, and too few of the policy
     assert efficiency(few, few, torch.zeros(3), 0.0) is None  # nothing was spent
     assert efficiency(few, few * math.nan, torch.zeros(3), 1.0) is None
+    # 0.1 above the reference: with a standard error of 0.1 that is nothing, with one of 0.01 it is known.
+    ref, reached = torch.tensor([0.0, 1.0]).repeat(500), torch.tensor([0.0, 1.0]).repeat(13) + 0.1
+    assert efficiency(ref, reached, torch.zeros(26), 1e-5) is None
+    assert efficiency(ref, reached.repeat(100), torch.zeros(2600), 0.05) is not None

@@ -10,7 +10,7 @@ from ..story_lm import MODEL_PATH
 from ..yardsticks import efficiency
 
 EMBEDDED = MODEL_PATH.parent / "frontier.json"
-NAMES = ("reward_func", "prompt", "temperature", "max_new_tokens")  # that have to be the run's
+NAMES = ("model", "reward_func", "prompt", "temperature", "max_new_tokens")  # that have to be the run's
 AT_REFERENCE = 1e-2  # nats per sequence within which a run begins at its reference
 
 
@@ -29,13 +29,14 @@ def read_base_rewards(args, sampling, model_name_or_path: str) -> torch.Tensor |
         return None
     try:
         facts = json.loads(Path(named or EMBEDDED).read_text(encoding="utf-8"))
-        sampled = {name: facts["sampled"][name] for name in NAMES}
+        sampled = {name: (facts["sampled"] | {"model": facts["model"].casefold()})[name] for name in NAMES}
         rewards = torch.tensor(facts["rewards"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"base_frontier: {named} is no frontier.json of recipes/best_of_n.py ({type(error).__name__}: {error})"
         ) from None
     ours = {
+        "model": Path(model_name_or_path).name.casefold(),  # a Hub id and a folder of it agree
         "reward_func": args.reward_funcs[0] if len(args.reward_funcs) == 1 else args.reward_funcs,
         "prompt": None if args.dataset_name else args.prompt,
         "temperature": sampling.temperature,
