@@ -10,6 +10,7 @@ from .references import MovingAverageReferenceCallback, ReferenceCallback, Reset
 from .rewards import alliteration_reward
 from .sampling import use_fast_sampling
 from .shared_prompts import share_prompts
+from .target import KLTargetCallback
 
 __version__ = "0.2.0"
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "KLMonitorCallback",
     "KLPenalty",
     "KLPenaltyCallback",
+    "KLTargetCallback",
     "MovingAverageReferenceCallback",
     "ReferenceCallback",
     "ResetReferenceCallback",

@@ -168,6 +168,26 @@ def efficiency(
     return None
 
 
+def centred(rewards: torch.Tensor) -> torch.Tensor:
+    """Rewards of many prompts with few samples each, as of one: less their prompt's mean, plus the mean of all.
+
+    The baseline of RLOO and GRPO takes a prompt's mean away, too. A curve of each prompt by itself would end at the
+    logarithm of its few samples. It is right as far as the prompts' rewards are spread alike about their means.
+
+    Args:
+        rewards (`torch.Tensor`): (P, M); NaN does not apply.
+
+    Returns:
+        `torch.Tensor`: (P * M,) less those that do not apply.
+    """
+    rewards = torch.as_tensor(rewards).double().cpu().reshape(-1, rewards.shape[-1])
+    if len(rewards) > 1:
+        mean, m = rewards.nanmean(-1, keepdim=True), (~rewards.isnan()).sum(-1, keepdim=True)
+        # Less the mean of m samples, a reward has 1 / m less variance.
+        rewards = (rewards - mean) * (m / (m - 1).clamp(min=1)).sqrt() + rewards.nanmean()
+    return rewards[~rewards.isnan()]
+
+
 def _by_prompt(rewards: torch.Tensor, ratio: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """(P, M) float64 of the prompts that have a reward which applies."""
     rewards = torch.as_tensor(rewards).double().cpu().reshape(-1, rewards.shape[-1])

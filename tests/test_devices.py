@@ -50,6 +50,7 @@ ON_THE_CPU = {  # function of a module, and why what it makes has no input on a 
     "rewards/reward_model.character_tables": "the CPU's table, of which every device gets a copy",
     "yardsticks._by_prompt": "to the CPU: rewards and sums of log-ratios, of which numbers are made",
     "yardsticks._log_binomial": "a table of numbers",
+    "yardsticks.centred": "to the CPU, as _by_prompt",
     "yardsticks.best_of_n": "a table of numbers, from rewards that went to the CPU",
     "yardsticks.least_kl": "the same",
 }

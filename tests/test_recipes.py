@@ -213,6 +213,18 @@ def test_a_rule_moves_beta(tmp_path):
     assert betas[0] > betas[1] > betas[2]  # the KL is far under its target
 
 
+def test_a_target_takes_the_place_of_a_file_s_budget_and_beta(tmp_path, tiny_model):
+    """Its price is read off samples that are written before the first step, and the efficiency off the same."""
+    options = "--target_kl_per_sequence", "0.5", "--base_samples", "200", "--model_name_or_path", tiny_model
+    reward = "--reward_funcs", "kl_alliteration.rewards.alliteration_reward"
+    shown = run(RECIPE, "--output_dir", "out", *options, *reward, *SMALL, "--logging_steps", "1", cwd=tmp_path).stdout
+    assert "target 0.5 nats per sequence: price" in shown
+    assert len(lines(tmp_path / "out/base_samples.jsonl")) == 200
+    first = lines(tmp_path / "out/metrics.jsonl")[0]
+    assert first["kl/target_use"] == pytest.approx(first["kl/exact_per_sequence"] / 0.5, rel=1e-4)
+    assert first["kl/beta"] == pytest.approx(200 * first["kl/price"], rel=1e-4)  # 4 of what 0.02 is charged of
+
+
 def test_conversational_prompts(tmp_path, tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
@@ -260,6 +272,13 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--beta_unit", "week"], "beta_unit must be one of sequence, study, got 'week'"),
         (["--kl_controller", "pid"], "kl_controller must be one of fixed, step, ppo, ziegler, pi, got 'pid'"),
         (["--kl_controller", "pi"], "target_kl_per_token must be > 0 with kl_controller 'pi', got None"),
+        (["--target_kl_per_sequence", "0"], "target_kl_per_sequence must be > 0 and finite, got 0.0"),
+        (["--target_kl_per_sequence", "6", "--beta", "0"], "beta must not be 0 with target_kl_per_sequence"),
+        (["--target_kl_per_sequence", "6", "--kl_budget_per_token", "1"], "leave kl_budget_per_token out"),
+        (["--target_kl_per_sequence", "6", "--kl_reduction", "mean"], "needs kl_reduction 'sum', got 'mean'"),
+        (["--target_kl_per_sequence", "6", "--base_samples", "9"], "base_samples must be >= 100, got 9"),
+        (["--target_kl_per_sequence", "6", "--kl_controller", "pi"], "kl_controller 'pi' both move beta: take one"),
+        (["--target_kl_per_sequence", "6", "--kl_reference", "reset"], "needs a reference that stays"),
         (["--collapse_guard", "pray"], "collapse_guard must be one of off, warn, stop, rollback, got 'pray'"),
         (["--collapse_guard", "rollback"], "needs checkpoints: add --save_strategy steps"),
         (["--beta", "-1"], "beta must be >= 0 and finite, got -1.0"),

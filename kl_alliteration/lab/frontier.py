@@ -7,10 +7,11 @@ import torch
 
 from ..evaluation import Judgement
 from ..story_lm import MODEL_PATH
-from ..yardsticks import efficiency
+from ..yardsticks import centred, efficiency
 
 EMBEDDED = MODEL_PATH.parent / "frontier.json"
 NAMES = ("model", "reward_func", "prompt", "temperature", "max_new_tokens")  # that have to be the run's
+MANY = 1000  # samples of a prompt that give it a curve of its own
 AT_REFERENCE = 1e-2  # nats per sequence within which a run begins at its reference
 
 
@@ -58,5 +59,8 @@ def efficiency_of(before: Judgement, after: Judgement, base_rewards: torch.Tenso
     """`None` where the base's rewards are unknown or do not reach as far, or a run began off its reference."""
     if base_rewards is None or not after.ref_log_ratios or abs(before.exact_kl_per_sequence) > AT_REFERENCE:
         return None
+    if len(base_rewards) > 1 and base_rewards.shape[-1] < MANY:  # their prompts' mean is not the held-out ones'
+        together = centred(base_rewards)
+        base_rewards = (together - together.mean() + before.reward_mean)[None]
     rewards, ratios = torch.tensor(after.rewards), torch.tensor(after.ref_log_ratios)
     return efficiency(base_rewards, rewards, ratios, after.exact_kl_per_sequence)

@@ -14,7 +14,7 @@ from ..story_lm import PROMPT
 from .frontier import read_base_rewards
 from .gguf import SMOLLM2_FOLDER, is_gguf
 from .hub import check_hub
-from .refusals import check_sampling, check_trainer_options
+from .refusals import check_sampling, check_target, check_trainer_options
 
 ALLITERATION = "kl_alliteration.rewards.alliteration_reward"
 BETA_UNITS = ("sequence", "study")
@@ -168,6 +168,16 @@ class PenaltyArguments(OnlineArguments):
         default=0.0,
         metadata={"help": "What a nat within the budget costs, as a share of beta: 0 is free, 1 is no budget."},
     )
+    target_kl_per_sequence: float | None = field(
+        default=None,
+        metadata={
+            "help": "The KL to hold, in nats per sequence: beta, budget and the price within it are then read off the "
+            "base's own rewards, those of --base_frontier or of --base_samples. `none` is no target."
+        },
+    )
+    base_samples: int = field(
+        default=2000, metadata={"help": "Completions of the base that a target's price is read off."}
+    )
     kl_top_k: int = field(default=64, metadata={"help": "Tokens that kl_estimator `top_k` takes in full."})
     beta_unit: str = field(
         default="sequence",
@@ -242,6 +252,8 @@ def check_options(args: StoryArguments, training_args, model_args) -> None:
 
 
 def check_penalty_options(args: PenaltyArguments, training_args) -> None:
+    if args.target_kl_per_sequence is not None:
+        check_target(args, training_args)
     if args.strict and args.penalty.complaint:
         raise ValueError(args.penalty.complaint)
     if args.baseline == "none" and training_args.normalize_advantages:

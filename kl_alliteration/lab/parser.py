@@ -122,6 +122,11 @@ class RecipeParser(TrlParser):
         self.namespace, rest = super().parse_known_args(args, namespace)
         if "--learning_rate" in self.words:  # what is typed goes before what a file has for adapters
             self.namespace.adapter_learning_rate = None
+        target = getattr(self.namespace, "target_kl_per_sequence", None)
+        if target is not None and "--target_kl_per_sequence" in self.words:  # which sets them: a file's do not count
+            for name, without in (("kl_budget_per_token", None), ("kl_within_budget", 0.0)):
+                if f"--{name}" not in self.words:
+                    setattr(self.namespace, name, without)
         named = str(getattr(self.namespace.lr_scheduler_type, "value", self.namespace.lr_scheduler_type))
         typed = "--lr_scheduler_type" in self.words and "--lr_scheduler_kwargs" not in self.words
         if typed and named != self.scheduler:

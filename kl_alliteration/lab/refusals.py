@@ -80,3 +80,22 @@ def check_rotation(folder: Path, args) -> None:
             f"output_dir: {str(folder)!r} holds {', '.join(foreign)}, which save_total_limit would count and delete: "
             "move it, name another folder, or go on from it with --resume_from_checkpoint latest"
         )
+
+
+def check_target(args, training_args) -> None:
+    if not 0 < args.target_kl_per_sequence < math.inf:
+        raise ValueError(f"target_kl_per_sequence must be > 0 and finite, got {args.target_kl_per_sequence}")
+    if training_args.beta == 0:
+        raise ValueError("beta must not be 0 with target_kl_per_sequence, which sets it: leave it out")
+    if args.kl_controller != "fixed":
+        raise ValueError(f"target_kl_per_sequence and kl_controller {args.kl_controller!r} both move beta: take one")
+    if args.penalty.budget_per_token is not None:
+        raise ValueError("target_kl_per_sequence sets the budget: leave kl_budget_per_token out, or make it `none`")
+    if args.penalty.reduction != "sum":
+        raise ValueError(f"target_kl_per_sequence needs kl_reduction 'sum', got {args.penalty.reduction!r}")
+    if args.kl_reference in ("moving_average", "reset"):
+        raise ValueError(f"target_kl_per_sequence needs a reference that stays, not kl_reference {args.kl_reference}")
+    if args.adapter_name_or_path and args.kl_reference != "start":
+        raise ValueError("target_kl_per_sequence begins at the reference: an adapter goes on with kl_reference start")
+    if args.base_samples < 100:
+        raise ValueError(f"base_samples must be >= 100, got {args.base_samples}")

@@ -30,6 +30,8 @@ from ..references import (
 from ..rewards import reward_model  # noqa: F401  (to register it)
 from ..sampling import use_fast_sampling
 from ..shared_prompts import share_prompts
+from ..target import KLTargetCallback
+from .base_samples import base_samples
 from .checked_rewards import load_rewards
 from .figures import plot_curves
 from .frontier import efficiency_of, read_base_rewards
@@ -38,7 +40,7 @@ from .inputs import check_lengths, load_held_out, load_policy, load_prompts, loa
 from .judging import judge_policy
 from .options import CONTROLLERS, LATEST, OnlineArguments, PairArguments, PenaltyArguments, StoryArguments
 from .pages import quoted
-from .parser import RecipeParser, write_recipe
+from .parser import RecipeParser, say, write_recipe
 from .progress import MetricsFileCallback, StoryProgressCallback, StoryTableCallback, shown
 from .runs import (
     STORIES,
@@ -54,8 +56,11 @@ from .runs import (
 from .survival import stop_beyond, train_or_say_why
 
 
-def add_instruments(trainer, args: OnlineArguments) -> None:
-    """The reference, the penalty, the sampler, the monitor, the rule and the guard that a recipe's options ask for."""
+def add_instruments(trainer, args: OnlineArguments, base_rewards=None) -> None:
+    """The reference, the penalty, the sampler, the monitor, the rule and the guard that a recipe's options ask for.
+
+    `base_rewards`: (P, M) rewards of the base where they are known; else a target samples them.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model)
     steps, exact = trainer.args.ref_model_sync_steps, False
     if args.kl_reference == "loaded":
@@ -76,6 +81,13 @@ def add_instruments(trainer, args: OnlineArguments) -> None:
         share_prompts(trainer)
     if args.fast_sampling:
         use_fast_sampling(trainer)
+    if isinstance(args, PenaltyArguments) and args.target_kl_per_sequence is not None:
+        if base_rewards is None:
+            resumed = trainer.args.resume_from_checkpoint is not None
+            base_rewards = base_samples(trainer, args.base_samples, resumed)
+        target = KLTargetCallback(trainer, args.target_kl_per_sequence, base_rewards, args.penalty)
+        trainer.add_callback(target)
+        say(trainer.args, target.price.in_words())
     if args.kl_monitor:
         trainer.add_callback(KLMonitorCallback(trainer, exact=exact))
     if args.kl_controller != "fixed":
@@ -110,7 +122,8 @@ def build_trainer(trainer_class, args: OnlineArguments, training_args, model_arg
         eval_dataset=load_held_out(args),
         processing_class=tokenizer,
     )
-    add_instruments(trainer, args)
+    base_rewards = read_base_rewards(args, training_args, model_args.model_name_or_path)
+    add_instruments(trainer, args, base_rewards)
     return trainer
 
 
@@ -169,7 +182,9 @@ def penalty_in_words(trainer, args: StoryArguments) -> str:
     """What the card says of the penalty, its price with the unit."""
     if not isinstance(args, OnlineArguments):
         return f"the implicit one of DPO, beta {trainer.beta:g} per nat of the sequence"
-    if isinstance(args, PenaltyArguments):
+    if isinstance(args, PenaltyArguments) and args.target_kl_per_sequence is not None:
+        words = f"{args.penalty.in_words()}, held at {args.target_kl_per_sequence:g} nats"
+    elif isinstance(args, PenaltyArguments):
         words = args.penalty.in_words(trainer.beta)
     else:
         words = f"k3 in the loss, beta {trainer.beta:g} per nat"
@@ -233,7 +248,9 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(StoryProgressCallback())
     sampling = args if isinstance(args, PairArguments) else training_args
+    targets = [c for c in trainer.callback_handler.callbacks if isinstance(c, KLTargetCallback)]
     base_rewards = read_base_rewards(args, sampling, model_args.model_name_or_path)
+    base_rewards = targets[0].ref_rewards if targets else base_rewards
     judged = partial(
         judge_policy,
         trainer,

@@ -1,0 +1,82 @@
+"""Samples of the base, with their rewards, before a run trains: what a target's price is read off."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from rich.progress import track
+
+from .._trl import asking
+from ..evaluation import plain_sampling, sample_rows
+from .runs import as_json
+
+FILE = "base_samples.jsonl"
+AT_ONCE = 200  # completions of a process
+EACH = 8  # of a prompt, at least: fewer say little of its mean
+
+
+def base_samples(trainer, samples: int, resumed: bool) -> torch.Tensor:
+    """(P, M) rewards of what the untrained policy writes for P prompts of the training, M each; NaN does not apply.
+
+    Every process samples a share and gets all. Texts and rewards are written to `base_samples.jsonl` in the trainer's
+    output folder; a run that is `resumed` reads them there. torch's random state is put back.
+    """
+    path, accelerator = Path(trainer.args.output_dir, FILE), trainer.accelerator
+    if resumed and path.is_file():
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    else:
+        rows = _sampled(trainer, samples)
+        if accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".unfinished").write_text("".join(as_json(row) + "\n" for row in rows), encoding="utf-8")
+            path.with_suffix(".unfinished").replace(path)
+        accelerator.wait_for_everyone()
+    each = sum(row["place"] == rows[0]["place"] for row in rows)
+    rewards = [math.nan if row["reward"] is None else row["reward"] for row in rows]
+    return torch.tensor(rewards[: len(rows) // each * each]).view(-1, each)
+
+
+def _sampled(trainer, samples: int) -> list[dict]:
+    accelerator, dataset = trainer.accelerator, trainer.train_dataset
+    places = first_of_each(dataset["prompt"], max(1, samples // EACH))
+    world = accelerator.num_processes
+    each = math.ceil(samples / len(places) / world) * world  # every process the same number: they ask together
+    wanted = [place for place in places for _ in range(each)]
+    mine = wanted[accelerator.process_index :: world]
+    removed = trainer.args.remove_unused_columns
+    model, found = accelerator.unwrap_model(trainer.model), []
+    limits = trainer.args.max_completion_length, trainer.args.temperature
+    config = plain_sampling(model, trainer.processing_class, *limits)
+    was_training = model.training
+    model.eval()
+    device = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(device):
+        torch.manual_seed(trainer.args.seed + accelerator.process_index)
+        starts = range(0, len(mine), AT_ONCE)
+        for start in track(starts, "samples of the base", disable=not accelerator.is_main_process, transient=True):
+            some = mine[start : start + AT_ONCE]
+            rows = [dataset[place] for place in some]
+            rows = [{"prompt": row["prompt"]} for row in rows] if removed else rows
+            tokenize = partial(asking.prompt_ids, trainer)
+            sampled = sample_rows(model, trainer.processing_class, rows, config, tokenize)
+            rewards = asking.total_rewards(trainer, rows, sampled.completions, sampled.completion_ids)
+            for place, text, reward in zip(some, sampled.texts, rewards, strict=True):
+                found.append({"place": place, "completion": text, "reward": None if math.isnan(reward) else reward})
+    model.train(was_training)
+    return sorted(gather_object(found), key=lambda row: row["place"])
+
+
+def first_of_each(prompts, at_most: int) -> list[int]:
+    """The places at which distinct prompts first stand, of the first `at_most` ones."""
+    seen, places = set(), []
+    for place, prompt in enumerate(prompts):
+        key = json.dumps(prompt, sort_keys=True)
+        if key not in seen:
+            seen.add(key)
+            places.append(place)
+        if len(places) == at_most:
+            break
+    return places
