@@ -6,6 +6,7 @@ from .evaluation import Judgement, judge
 from .guard import CollapseGuardCallback, CollapseLimits
 from .monitor import KLMonitorCallback
 from .penalty import KLPenalty, KLPenaltyCallback
+from .plots import PlotMonitorCallback, Plots
 from .references import MovingAverageReferenceCallback, ReferenceCallback, ResetReferenceCallback
 from .rewards import alliteration_reward
 from .sampling import use_fast_sampling
@@ -23,6 +24,8 @@ __all__ = [
     "KLPenaltyCallback",
     "KLTargetCallback",
     "MovingAverageReferenceCallback",
+    "PlotMonitorCallback",
+    "Plots",
     "ReferenceCallback",
     "ResetReferenceCallback",
     "alliteration_reward",

@@ -225,6 +225,19 @@ def test_a_target_takes_the_place_of_a_file_s_budget_and_beta(tmp_path, tiny_mod
     assert first["kl/beta"] == pytest.approx(200 * first["kl/price"], rel=1e-4)  # 4 of what 0.02 is charged of
 
 
+def test_plots_are_counted_by_skeletons_and_by_clusters(tmp_path, tiny_model):
+    options = "--plots", "--base_samples", "150", "--logging_steps", "1", *SMALL
+    shown = run(RECIPE, "--output_dir", "embedded", *options, cwd=tmp_path).stdout
+    assert "effective_plots" in shown and "kl_of_plots" in shown
+    run(RECIPE, "--output_dir", "tiny", "--model_name_or_path", tiny_model, *options, cwd=tmp_path)
+    for name in ("embedded", "tiny"):
+        first = lines(tmp_path / name / "metrics.jsonl")[0]
+        whole = first["plots/kl"] + first["plots/kl_within"]
+        assert whole == pytest.approx(first["kl/exact_per_sequence"], abs=1e-3) and first["plots/effective"] >= 1
+        plots = json.loads((tmp_path / name / "summary.json").read_text())["plots"]
+        assert plots["before"]["texts"] == plots["after"]["texts"] > 0
+
+
 def test_conversational_prompts(tmp_path, tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"

@@ -139,14 +139,15 @@ def test_what_a_target_does_not_go_with(make_trainer, options, penalty, message)
 def test_samples_of_the_base_are_rewarded_as_in_training_and_read_again(make_trainer, tmp_path):
     trainer = make_trainer(reward_weights=[2.0])
     before = torch.random.get_rng_state()
-    rewards = base_samples(trainer, 40, resumed=False)
+    rewards, texts = base_samples(trainer, 40, resumed=False)
     assert torch.equal(torch.random.get_rng_state(), before) and rewards.shape == (2, 20)
     rows = [json.loads(line) for line in (tmp_path / "base_samples.jsonl").read_text().splitlines()]
     for row, reward in zip(rows, rewards.flatten().tolist(), strict=True):
         words = row["completion"].split()
+        assert row["completion"] in texts
         assert reward == pytest.approx(2 * (words.count("tree") + len(words) / 10))
-    assert torch.equal(base_samples(make_trainer(reward_weights=[5.0]), 40, resumed=True), rewards)
-    assert not torch.equal(base_samples(make_trainer(reward_weights=[5.0]), 40, resumed=False), rewards)
+    assert torch.equal(base_samples(make_trainer(reward_weights=[5.0]), 40, resumed=True).rewards, rewards)
+    assert not torch.equal(base_samples(make_trainer(reward_weights=[5.0]), 40, resumed=False).rewards, rewards)
 
 
 def test_the_first_of_each_prompt():

@@ -1,9 +1,10 @@
-"""Samples of the base, with their rewards, before a run trains: what a target's price is read off."""
+"""What the base writes before a run trains, with its rewards: prices, plots and efficiency rest on it."""
 
 import json
 import math
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -18,11 +19,18 @@ AT_ONCE = 200  # completions of a process
 EACH = 8  # of a prompt, at least: fewer say little of its mean
 
 
-def base_samples(trainer, samples: int, resumed: bool) -> torch.Tensor:
-    """(P, M) rewards of what the untrained policy writes for P prompts of the training, M each; NaN does not apply.
+class BaseSamples(NamedTuple):
+    """What the untrained policy writes for P prompts of the training, M each."""
 
-    Every process samples a share and gets all. Texts and rewards are written to `base_samples.jsonl` in the trainer's
-    output folder; a run that is `resumed` reads them there. torch's random state is put back.
+    rewards: torch.Tensor  # (P, M); NaN does not apply
+    texts: list[str]  # P * M completions
+
+
+def base_samples(trainer, samples: int, resumed: bool) -> BaseSamples:
+    """At least so many `samples`. Every process makes a share and gets all.
+
+    They are written to `base_samples.jsonl` in the trainer's output folder; a run that is `resumed` reads them there.
+    torch's random state is put back.
     """
     path, accelerator = Path(trainer.args.output_dir, FILE), trainer.accelerator
     if resumed and path.is_file():
@@ -36,7 +44,7 @@ def base_samples(trainer, samples: int, resumed: bool) -> torch.Tensor:
         accelerator.wait_for_everyone()
     each = sum(row["place"] == rows[0]["place"] for row in rows)
     rewards = [math.nan if row["reward"] is None else row["reward"] for row in rows]
-    return torch.tensor(rewards[: len(rows) // each * each]).view(-1, each)
+    return BaseSamples(torch.tensor(rewards).view(-1, each), [row["completion"] for row in rows])
 
 
 def _sampled(trainer, samples: int) -> list[dict]:

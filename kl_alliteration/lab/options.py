@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from trl import ScriptArguments
@@ -131,6 +132,16 @@ class OnlineArguments(StoryArguments):
             "help": "When texts become alike: `off`, `warn`, `stop`, or `rollback` to the last good checkpoint."
         },
     )
+    plots: bool = field(
+        default=False,
+        metadata={
+            "help": "Log how many plots are told and what of the KL they cost: the embedded model's skeletons, else "
+            "clusters of --base_samples."
+        },
+    )
+    base_samples: int = field(
+        default=2000, metadata={"help": "Completions of the base that a target's price and plots rest on."}
+    )
     kl_monitor: bool = field(default=True, metadata={"help": "Log KL per token and per sequence under `kl/`."})
     fast_sampling: bool = field(
         default=True, metadata={"help": "Sample with kl_alliteration's own decoder where it knows the model."}
@@ -174,9 +185,6 @@ class PenaltyArguments(OnlineArguments):
             "help": "The KL to hold, in nats per sequence: beta, budget and the price within it are then read off the "
             "base's own rewards, those of --base_frontier or of --base_samples. `none` is no target."
         },
-    )
-    base_samples: int = field(
-        default=2000, metadata={"help": "Completions of the base that a target's price is read off."}
     )
     kl_top_k: int = field(default=64, metadata={"help": "Tokens that kl_estimator `top_k` takes in full."})
     beta_unit: str = field(
@@ -276,6 +284,10 @@ def check_online_options(args: OnlineArguments, training_args) -> None:
         raise ValueError("collapse_guard 'rollback' needs checkpoints: add --save_strategy steps --save_steps 20")
     if args.kl_limit is not None and not args.kl_limit > 0:
         raise ValueError(f"kl_limit must be > 0, got {args.kl_limit}")
+    if args.plots and find_spec("sklearn") is None:
+        raise ValueError("plots needs scikit-learn: pip install 'kl_alliteration[lab]'")
+    if args.base_samples < 100:
+        raise ValueError(f"base_samples must be >= 100, got {args.base_samples}")
     if args.show_stories_every < 0:
         raise ValueError(f"show_stories_every must be >= 0, got {args.show_stories_every}; 0 shows none")
     if args.reward_model_name_or_path:

@@ -97,5 +97,3 @@ def check_target(args, training_args) -> None:
         raise ValueError(f"target_kl_per_sequence needs a reference that stays, not kl_reference {args.kl_reference}")
     if args.adapter_name_or_path and args.kl_reference != "start":
         raise ValueError("target_kl_per_sequence begins at the reference: an adapter goes on with kl_reference start")
-    if args.base_samples < 100:
-        raise ValueError(f"base_samples must be >= 100, got {args.base_samples}")

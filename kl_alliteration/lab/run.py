@@ -4,6 +4,7 @@ import shutil
 import sys
 import time
 import uuid
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ..evaluation import Judgement, tokenize_prompts
 from ..guard import CollapseGuardCallback
 from ..monitor import KLMonitorCallback
 from ..penalty import KLPenaltyCallback
+from ..plots import PlotMonitorCallback
 from ..references import (
     MovingAverageReferenceCallback,
     ReferenceCallback,
@@ -41,6 +43,7 @@ from .judging import judge_policy
 from .options import CONTROLLERS, LATEST, OnlineArguments, PairArguments, PenaltyArguments, StoryArguments
 from .pages import quoted
 from .parser import RecipeParser, say, write_recipe
+from .plot_labels import plots_of
 from .progress import MetricsFileCallback, StoryProgressCallback, StoryTableCallback, shown
 from .runs import (
     STORIES,
@@ -56,8 +59,8 @@ from .runs import (
 from .survival import stop_beyond, train_or_say_why
 
 
-def add_instruments(trainer, args: OnlineArguments, base_rewards=None) -> None:
-    """The reference, the penalty, the sampler, the monitor, the rule and the guard that a recipe's options ask for.
+def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, base_rewards=None) -> None:
+    """The reference, the penalty, the sampler, the monitors, the rule and the guard that a recipe's options ask for.
 
     `base_rewards`: (P, M) rewards of the base where they are known; else a target samples them.
     """
@@ -81,13 +84,16 @@ def add_instruments(trainer, args: OnlineArguments, base_rewards=None) -> None:
         share_prompts(trainer)
     if args.fast_sampling:
         use_fast_sampling(trainer)
-    if isinstance(args, PenaltyArguments) and args.target_kl_per_sequence is not None:
-        if base_rewards is None:
-            resumed = trainer.args.resume_from_checkpoint is not None
-            base_rewards = base_samples(trainer, args.base_samples, resumed)
-        target = KLTargetCallback(trainer, args.target_kl_per_sequence, base_rewards, args.penalty)
-        trainer.add_callback(target)
-        say(trainer.args, target.price.in_words())
+    target = args.target_kl_per_sequence if isinstance(args, PenaltyArguments) else None
+    if args.plots or (target is not None and base_rewards is None):
+        base = base_samples(trainer, args.base_samples, resumed=trainer.args.resume_from_checkpoint is not None)
+        base_rewards = base.rewards if base_rewards is None else base_rewards
+    if target is not None:
+        callback = KLTargetCallback(trainer, target, base_rewards, args.penalty)
+        trainer.add_callback(callback)
+        say(trainer.args, callback.price.in_words())
+    if args.plots:
+        trainer.add_callback(PlotMonitorCallback(trainer, plots_of(model_name_or_path, base.texts), base.texts))
     if args.kl_monitor:
         trainer.add_callback(KLMonitorCallback(trainer, exact=exact))
     if args.kl_controller != "fixed":
@@ -123,13 +129,17 @@ def build_trainer(trainer_class, args: OnlineArguments, training_args, model_arg
         processing_class=tokenizer,
     )
     base_rewards = read_base_rewards(args, training_args, model_args.model_name_or_path)
-    add_instruments(trainer, args, base_rewards)
+    add_instruments(trainer, args, model_args.model_name_or_path, base_rewards)
     return trainer
+
+
+def callbacks_of(trainer, kind: type) -> list:
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind)]
 
 
 def run_training(trainer) -> dict:
     """Train, resuming or rolling back as the options say. Returns what the guard found."""
-    guards = [c for c in trainer.callback_handler.callbacks if isinstance(c, CollapseGuardCallback)]
+    guards = callbacks_of(trainer, CollapseGuardCallback)
     train = guards[0].train if guards else trainer.train
     checkpoint, folder = trainer.args.resume_from_checkpoint, trainer.args.output_dir
     if checkpoint == LATEST:
@@ -204,7 +214,7 @@ def push_run(trainer, args: StoryArguments, before: Judgement, after: Judgement)
     return push(trainer, folder)
 
 
-def show(before: Judgement, after: Judgement, folder: Path, share: float | None = None) -> None:
+def show(before: Judgement, after: Judgement, folder: Path, share: float | None = None, plots: list = ()) -> None:
     """The numbers and a few stories before and after, on the screen and as `stories.md`; all of them as JSON lines."""
     names = ("reward_mean", "pairs_per_100_words", "different_share", "distinct_2", "ended_share", "mean_length")
     names += ("entropy_per_token", "kl_per_token", "kl_per_sequence", "exact_kl_per_sequence")
@@ -214,6 +224,8 @@ def show(before: Judgement, after: Judgement, folder: Path, share: float | None 
     for name in names:
         values = [getattr(judgement, name) for judgement in (before, after)]
         table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in values))
+    for name in ("effective_plots", "most_told_share", "kl_of_plots") if plots else ():
+        table.add_row(name, *(f"{found[name]:.3f}" for found in plots))
     if share is not None:
         table.add_row("efficiency (least KL of this reward / KL)", "-", f"{share:.3f}")
     console = Console()
@@ -248,7 +260,7 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(StoryProgressCallback())
     sampling = args if isinstance(args, PairArguments) else training_args
-    targets = [c for c in trainer.callback_handler.callbacks if isinstance(c, KLTargetCallback)]
+    targets, monitors = callbacks_of(trainer, KLTargetCallback), callbacks_of(trainer, PlotMonitorCallback)
     base_rewards = read_base_rewards(args, sampling, model_args.model_name_or_path)
     base_rewards = targets[0].ref_rewards if targets else base_rewards
     judged = partial(
@@ -266,11 +278,13 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
     save_final(trainer, below=args.adapter_name_or_path if model_args.use_peft else None)
     if trainer.is_world_process_zero():
         share = efficiency_of(before, after, base_rewards)
-        show(before, after, folder, share)
+        plots = [asdict(monitor.count_plots(judged.completions)) for monitor in monitors for judged in (before, after)]
+        show(before, after, folder, share, plots)
         title = f"{Path(model_args.model_name_or_path).name}: {penalty_in_words(trainer, args)}"
         plot_curves(trainer.state.log_history, folder / "curves.png", title, before.reward_mean)
         summary = {"before": before.numbers(), "after": after.numbers(), "stories": after.texts[:5]}
         summary |= {"efficiency": share}
+        summary |= {"plots": dict(zip(("before", "after"), plots, strict=True))} if plots else {}
         summary |= guarded | {"seconds": round(time.time() - parser.started, 1)}
         Path(folder, "summary.json").write_text(as_json(summary, indent=2) + "\n", encoding="utf-8")
         write_recipe(folder / "recipe.yaml", parser)

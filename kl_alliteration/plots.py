@@ -1,0 +1,132 @@
+"""Plots of texts: which one a text tells, how many are told, and how much of a KL is spent on them.
+
+A plot is a class of texts. Since it is a function of the text, the KL of texts is the KL of plots plus the mean KL of
+the text given its plot (the chain rule; Cover and Thomas, Elements of Information Theory, theorem 2.5.3). Needs
+scikit-learn: `pip install 'kl_alliteration[plots]'`.
+"""
+
+import math
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from transformers import TrainerCallback
+
+from . import kl
+from ._trl import last_completions, seam_of
+from .text import as_text
+
+CLUSTERS = 100
+UNSEEN = 0.5  # samples that a plot of the reference is taken to have had beside those that it had (Jeffreys)
+
+
+class Plots:
+    """Says which plot a text tells. Made by [`Plots.of_labels`] where texts with labels are at hand, or by
+    [`Plots.of_clusters`] of any texts, best the reference's own.
+
+    Attributes:
+        plots (`int`): How many there are, K.
+    """
+
+    def __init__(self, vectorizer, classifier, plots: int):
+        self.vectorizer, self.classifier, self.plots = vectorizer, classifier, plots
+
+    @classmethod
+    def of_labels(cls, texts: list[str], labels: list) -> "Plots":
+        """By naive Bayes of the words and the pairs of neighbouring words of texts whose plot is known.
+
+        Complement naive Bayes (Rennie et al. 2003), since plots may have few texts each.
+        """
+        from sklearn.feature_extraction.text import CountVectorizer
+        from sklearn.naive_bayes import ComplementNB
+
+        vectorizer = CountVectorizer(ngram_range=(1, 2))
+        places = {name: place for place, name in enumerate(sorted(set(labels)))}
+        classifier = ComplementNB().fit(vectorizer.fit_transform(texts), [places[label] for label in labels])
+        return cls(vectorizer, classifier, len(places))
+
+    @classmethod
+    def of_clusters(cls, texts: list[str], clusters: int = CLUSTERS, seed: int = 0) -> "Plots":
+        """By k-means of the texts' words, weighted by tf-idf: what tells the same story in other words is one plot."""
+        from sklearn.cluster import KMeans
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, max_df=0.5)
+        words = vectorizer.fit_transform(texts)
+        found = KMeans(min(clusters, len(texts)), n_init=3, random_state=seed).fit(words)
+        return cls(vectorizer, found, found.n_clusters)
+
+    def label(self, texts: list[str]) -> list[int]:
+        """A plot each, from 0 to K - 1."""
+        return self.classifier.predict(self.vectorizer.transform(texts)).tolist() if texts else []
+
+
+@dataclass(frozen=True)
+class PlotCount:
+    """What N labels show.
+
+    `effective_plots` is exp of the entropy of the shares, by Miller's and Madow's estimate, which adds (plots seen -
+    1) / 2 N to that of the counts (Miller 1955): the number of equally told plots that would be as varied.
+    `most_told_share` is that of the plot that is told most. `kl_of_plots`, in nats, is that of the shares to the
+    reference's, of which half a sample is added to every plot; `None` without a reference.
+    """
+
+    texts: int
+    effective_plots: float
+    most_told_share: float
+    kl_of_plots: float | None
+
+    @classmethod
+    def of(cls, labels: list[int], ref_labels: list[int] | None = None, plots: int | None = None) -> "PlotCount":
+        """Of N labels and, for the KL, the reference's labels, of `plots` that there are."""
+        counts, n = Counter(labels), len(labels)
+        if not n:
+            raise ValueError("labels: there are none")
+        shares = {label: count / n for label, count in counts.items()}
+        entropy = -sum(share * math.log(share) for share in shares.values()) + (len(counts) - 1) / (2 * n)
+        spent = None
+        if ref_labels is not None:
+            ref, total = Counter(ref_labels), len(ref_labels) + UNSEEN * plots
+            cross = -sum(share * math.log((ref[label] + UNSEEN) / total) for label, share in shares.items())
+            spent = cross - entropy
+        return cls(n, math.exp(entropy), max(shares.values()), spent)
+
+
+class PlotMonitorCallback(TrainerCallback):
+    """Logs how varied the plots of the last completions are, and, with the reference's, what of the KL they cost.
+
+    Of the last `window` completions of all processes, under `plots/`: `effective` and `most_told_share`, as
+    [`PlotCount`] says them; with `ref_texts` also `kl`, in nats per sequence, and `kl_within`, what is left of the KL
+    of the texts, which is that given the plot. The split is for runs with one prompt.
+
+    Args:
+        trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
+        plots ([`Plots`]): What labels a text.
+        ref_texts (`list[str]`, *optional*): Completions of the reference; some thousands.
+        window (`int`, *optional*, defaults to 400): Completions that are counted together.
+    """
+
+    def __init__(self, trainer, plots: Plots, ref_texts: list[str] | None = None, window: int = 400):
+        self.trainer, self.seam, self.plots = trainer, seam_of(trainer), plots
+        self.ref_labels = None if ref_texts is None else plots.label(ref_texts)
+        self.labels, self.spent = deque(maxlen=window), deque(maxlen=window)
+        self.seam.after_batch.append(self.count)
+
+    def count_plots(self, texts: list[str]) -> PlotCount:
+        """What such texts show, whoever wrote them."""
+        return PlotCount.of(self.plots.label(texts), self.ref_labels, self.plots.plots)
+
+    def count(self, rollout: kl.Rollout | None) -> None:
+        if not self.trainer.model.training:
+            return
+        batch = self.trainer.args.generation_batch_size
+        texts = [as_text(completion) for completion in last_completions(self.trainer)[1][-batch:]]
+        self.labels.extend(self.plots.label(texts))
+        found, metrics = PlotCount.of(list(self.labels), self.ref_labels, self.plots.plots), self.seam.metrics
+        metrics["plots/effective"].append(found.effective_plots)
+        metrics["plots/most_told_share"].append(found.most_told_share)
+        if self.ref_labels is not None and rollout is not None:
+            best = "exact" if rollout.hidden is not None else "k1"
+            per_token, mask = rollout.per_token_kl(best), rollout.completion_mask
+            self.spent.extend(self.trainer.accelerator.gather((per_token * mask).sum(-1)).tolist())
+            metrics["plots/kl"].append(found.kl_of_plots)
+            metrics["plots/kl_within"].append(sum(self.spent) / len(self.spent) - found.kl_of_plots)
