@@ -91,6 +91,48 @@ class PlotCount:
         return cls(n, math.exp(entropy), max(shares.values()), spent)
 
 
+class PlotPenalty:
+    """The KL of plots at a price, as one more reward of a stock trainer: `-price * log(share / reference's share)`.
+
+    It is the log-ratio of the plot that a completion tells, k1 of the plots, in the reward: on average the gradient of
+    `price` times the KL of plots. The share is that among the last `window` completions of this process, the batch
+    under way included; half a sample is added to every plot of both. What is charged beside it, the KL of the texts,
+    stays as it is. A resumed run begins to count anew.
+
+    ```python
+    penalty = PlotPenalty(2.0)
+    trainer = RLOOTrainer(reward_funcs=[reward, penalty], ...)
+    penalty.attach(trainer, Plots.of_clusters(ref_texts), ref_texts)
+    ```
+
+    Args:
+        price (`float`): Reward per nat of plots.
+        window (`int`, *optional*, defaults to 400): Completions whose shares are counted.
+    """
+
+    __name__ = "plot_penalty"  # of the trainer's log
+
+    def __init__(self, price: float, window: int = 400):
+        if not 0 < price < math.inf:
+            raise ValueError(f"price must be > 0 and finite, got {price}")
+        self.price, self.told, self.trainer = price, deque(maxlen=window), None
+
+    def attach(self, trainer, plots: Plots, ref_texts: list[str]) -> None:
+        """Charge it in this trainer's training; where it evaluates, the penalty does not apply."""
+        self.trainer, self.plots = trainer, plots
+        counts = Counter(plots.label(ref_texts))
+        self.ref_shares = [(counts[k] + UNSEEN) / (len(ref_texts) + UNSEEN * plots.plots) for k in range(plots.plots)]
+
+    def __call__(self, completions: list, **columns) -> list[float | None]:
+        """(B,) rewards of completions; `None` in evaluation and before it is attached."""
+        if self.trainer is None or not self.trainer.model.training:
+            return [None] * len(completions)
+        labels = self.plots.label([as_text(completion) for completion in completions])
+        self.told.extend(labels)
+        counts, total = Counter(self.told), len(self.told) + UNSEEN * self.plots.plots
+        return [-self.price * math.log((counts[k] + UNSEEN) / total / self.ref_shares[k]) for k in labels]
+
+
 class PlotMonitorCallback(TrainerCallback):
     """Logs how varied the plots of the last completions are, and, with the reference's, what of the KL they cost.
 
@@ -106,7 +148,7 @@ class PlotMonitorCallback(TrainerCallback):
     """
 
     def __init__(self, trainer, plots: Plots, ref_texts: list[str] | None = None, window: int = 400):
-        self.trainer, self.seam, self.plots = trainer, seam_of(trainer), plots
+        self.trainer, self.seam, self.plots, self.ref_texts = trainer, seam_of(trainer), plots, ref_texts
         self.ref_labels = None if ref_texts is None else plots.label(ref_texts)
         self.labels, self.spent = deque(maxlen=window), deque(maxlen=window)
         self.seam.after_batch.append(self.count)

@@ -9,7 +9,7 @@ import torch
 from kl_alliteration import KLPenalty, KLPenaltyCallback
 from kl_alliteration._trl import seam_of
 from kl_alliteration.lab.story_model import corpus
-from kl_alliteration.plots import PlotCount, PlotMonitorCallback, Plots
+from kl_alliteration.plots import PlotCount, PlotMonitorCallback, PlotPenalty, Plots
 
 pytest.importorskip("sklearn")
 
@@ -117,3 +117,47 @@ def test_without_a_reference_it_counts_alone(make_trainer):
     trainer.add_callback(PlotMonitorCallback(trainer, ByLength()))
     trainer.train()
     assert "plots/effective" in trainer.state.log_history[0] and "plots/kl" not in trainer.state.log_history[0]
+
+
+def test_what_a_plot_costs_by_hand(make_trainer):
+    """Plot 1 and 2 of ten; the reference told 1 three times of four, the policy one of two."""
+    penalty = PlotPenalty(2.0, window=2)
+    trainer = make_trainer(reward_funcs=[lambda completions, **_: [0.0] * len(completions), penalty])
+    assert penalty(["tree", "tall tree"]) == [None, None]  # attached to nothing
+    penalty.attach(trainer, ByLength(), ["tree", "sky", "fox", "tall tree"])
+    trainer.model.eval()
+    assert penalty(["tree", "tall tree"]) == [None, None]
+    trainer.model.train()
+    one, two = math.log((1.5 / 7) / (3.5 / 9)), math.log((1.5 / 7) / (1.5 / 9))
+    assert penalty(["tree", "tall tree"]) == pytest.approx([-2 * one, -2 * two])
+    only = math.log((2.5 / 7) / (3.5 / 9))  # the window holds the last two
+    assert penalty(["tree", "sky"]) == pytest.approx([-2 * only] * 2)
+    trainer.train()
+    assert "rewards/plot_penalty/mean" in trainer.state.log_history[0]
+    with pytest.raises(ValueError, match="price must be > 0 and finite, got 0"):
+        PlotPenalty(0)
+
+
+def test_its_gradient_is_that_of_the_kl_of_plots():
+    """Enumerated: E[grad log p(text) * log(p(plot) / q(plot))] against autograd through the KL of plots."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(12, generator=generator, dtype=torch.float64, requires_grad=True)
+    q, plot = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.arange(12) % 3
+    log_p = logits.log_softmax(0)
+    shares = torch.zeros(3, dtype=torch.float64).index_add(0, plot, log_p.exp())
+    (expected,) = torch.autograd.grad((shares * (shares / q).log()).sum(), logits, retain_graph=True)
+    charged = (shares / q).log()[plot].detach()  # price 1, of shares that are known
+    (found,) = torch.autograd.grad((log_p.exp().detach() * charged * log_p).sum(), logits)
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
+def test_the_reference_s_shares_cost_nothing_and_one_plot_costs_its_kl(make_trainer):
+    penalty = PlotPenalty(1.0, window=100_000)
+    trainer = make_trainer(reward_funcs=[penalty])
+    trainer.model.train()
+    reference = ["tree", "tall tree", "tall tall tree", "once upon a time"] * 5000
+    penalty.attach(trainer, ByLength(), reference)
+    assert penalty(reference) == pytest.approx([0.0] * 20_000, abs=1e-9)
+    assert PlotPenalty.__name__ == "PlotPenalty" and penalty.__name__ == "plot_penalty"
+    penalty.told.clear()
+    assert penalty(["tree"] * 20_000)[0] == pytest.approx(-math.log(4), abs=2e-3)

@@ -226,7 +226,7 @@ def test_a_target_takes_the_place_of_a_file_s_budget_and_beta(tmp_path, tiny_mod
 
 
 def test_plots_are_counted_by_skeletons_and_by_clusters(tmp_path, tiny_model):
-    options = "--plots", "--base_samples", "150", "--logging_steps", "1", *SMALL
+    options = "--plot_price", "2", "--base_samples", "150", "--logging_steps", "1", *SMALL
     shown = run(RECIPE, "--output_dir", "embedded", *options, cwd=tmp_path).stdout
     assert "effective_plots" in shown and "kl_of_plots" in shown
     run(RECIPE, "--output_dir", "tiny", "--model_name_or_path", tiny_model, *options, cwd=tmp_path)
@@ -236,6 +236,7 @@ def test_plots_are_counted_by_skeletons_and_by_clusters(tmp_path, tiny_model):
         assert whole == pytest.approx(first["kl/exact_per_sequence"], abs=1e-3) and first["plots/effective"] >= 1
         plots = json.loads((tmp_path / name / "summary.json").read_text())["plots"]
         assert plots["before"]["texts"] == plots["after"]["texts"] > 0
+        assert "rewards/plot_penalty/mean" in first
 
 
 def test_conversational_prompts(tmp_path, tiny_model):
@@ -289,7 +290,8 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--target_kl_per_sequence", "6", "--beta", "0"], "beta must not be 0 with target_kl_per_sequence"),
         (["--target_kl_per_sequence", "6", "--kl_budget_per_token", "1"], "leave kl_budget_per_token out"),
         (["--target_kl_per_sequence", "6", "--kl_reduction", "mean"], "needs kl_reduction 'sum', got 'mean'"),
-        (["--target_kl_per_sequence", "6", "--base_samples", "9"], "base_samples must be >= 100, got 9"),
+        (["--plot_price", "-1"], "plot_price must be > 0 and finite, got -1.0"),
+        (["--base_samples", "9"], "base_samples must be >= 100, got 9"),
         (["--target_kl_per_sequence", "6", "--kl_controller", "pi"], "kl_controller 'pi' both move beta: take one"),
         (["--target_kl_per_sequence", "6", "--kl_reference", "reset"], "needs a reference that stays"),
         (["--collapse_guard", "pray"], "collapse_guard must be one of off, warn, stop, rollback, got 'pray'"),

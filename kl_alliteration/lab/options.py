@@ -139,6 +139,9 @@ class OnlineArguments(StoryArguments):
             "clusters of --base_samples."
         },
     )
+    plot_price: float | None = field(
+        default=None, metadata={"help": "Reward per nat of the KL of plots, charged beside the penalty; logs --plots."}
+    )
     base_samples: int = field(
         default=2000, metadata={"help": "Completions of the base that a target's price and plots rest on."}
     )
@@ -284,7 +287,9 @@ def check_online_options(args: OnlineArguments, training_args) -> None:
         raise ValueError("collapse_guard 'rollback' needs checkpoints: add --save_strategy steps --save_steps 20")
     if args.kl_limit is not None and not args.kl_limit > 0:
         raise ValueError(f"kl_limit must be > 0, got {args.kl_limit}")
-    if args.plots and find_spec("sklearn") is None:
+    if args.plot_price is not None and not 0 < args.plot_price < math.inf:
+        raise ValueError(f"plot_price must be > 0 and finite, got {args.plot_price}")
+    if (args.plots or args.plot_price) and find_spec("sklearn") is None:
         raise ValueError("plots needs scikit-learn: pip install 'kl_alliteration[lab]'")
     if args.base_samples < 100:
         raise ValueError(f"base_samples must be >= 100, got {args.base_samples}")

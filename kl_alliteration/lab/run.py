@@ -22,7 +22,7 @@ from ..evaluation import Judgement, tokenize_prompts
 from ..guard import CollapseGuardCallback
 from ..monitor import KLMonitorCallback
 from ..penalty import KLPenaltyCallback
-from ..plots import PlotMonitorCallback
+from ..plots import PlotMonitorCallback, PlotPenalty
 from ..references import (
     MovingAverageReferenceCallback,
     ReferenceCallback,
@@ -85,14 +85,14 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
     if args.fast_sampling:
         use_fast_sampling(trainer)
     target = args.target_kl_per_sequence if isinstance(args, PenaltyArguments) else None
-    if args.plots or (target is not None and base_rewards is None):
+    if args.plots or args.plot_price or (target is not None and base_rewards is None):
         base = base_samples(trainer, args.base_samples, resumed=trainer.args.resume_from_checkpoint is not None)
         base_rewards = base.rewards if base_rewards is None else base_rewards
     if target is not None:
         callback = KLTargetCallback(trainer, target, base_rewards, args.penalty)
         trainer.add_callback(callback)
         say(trainer.args, callback.price.in_words())
-    if args.plots:
+    if args.plots or args.plot_price:
         trainer.add_callback(PlotMonitorCallback(trainer, plots_of(model_name_or_path, base.texts), base.texts))
     if args.kl_monitor:
         trainer.add_callback(KLMonitorCallback(trainer, exact=exact))
@@ -113,6 +113,11 @@ def build_trainer(trainer_class, args: OnlineArguments, training_args, model_arg
     Whatever can be refused is, before the first model is loaded.
     """
     rewards = load_rewards(args.reward_funcs, args.reward_model_name_or_path, args.reward_timeout)
+    plot_penalty = None if args.plot_price is None else PlotPenalty(args.plot_price)
+    if plot_penalty is not None:
+        rewards.append(plot_penalty)
+        if training_args.reward_weights is not None:
+            training_args.reward_weights.append(1.0)
     prompts = load_prompts(args, training_args.generation_batch_size // training_args.num_generations)
     share_template_options(prompts, training_args)
     tokenizer = load_tokenizer(args, model_args, training_args)
@@ -130,6 +135,8 @@ def build_trainer(trainer_class, args: OnlineArguments, training_args, model_arg
     )
     base_rewards = read_base_rewards(args, training_args, model_args.model_name_or_path)
     add_instruments(trainer, args, model_args.model_name_or_path, base_rewards)
+    for monitor in callbacks_of(trainer, PlotMonitorCallback) if plot_penalty is not None else ():
+        plot_penalty.attach(trainer, monitor.plots, monitor.ref_texts)
     return trainer
 
 
