@@ -43,6 +43,11 @@ class Judgement:
     prompts: list[str]  # a conversation as its turns, without the chat template's marks
     completions: list[str]
     ref_log_ratios: list[float] | None = None  # log policy - log reference of each completion, nats per sequence
+    # Of what else was sampled of the reference, where anything was; see `yardsticks.efficiency` and `plots.PlotCount`.
+    efficiency: float | None = None
+    effective_plots: float | None = None
+    most_told_share: float | None = None
+    kl_of_plots: float | None = None
 
     @property
     def texts(self) -> list[str]:

@@ -93,7 +93,7 @@ def main():
         kl, reward, distinct = ([s["after"][column] for s in found] for column in COLUMNS)
         largest = [max(m.get("kl/target_use", 0.0) for m in read_metrics(path)) for path in paths]
         before = {column: statistics.fmean(s["before"][column] for s in found) for column in COLUMNS}
-        known = [s["efficiency"] for s in found if s["efficiency"] is not None]
+        known = [s["after"]["efficiency"] for s in found if s["after"]["efficiency"] is not None]
         cells = [
             spread(kl),
             spread([each / float(target) for each in kl]),

@@ -1,12 +1,15 @@
 """The base's own rewards beside a run: which file is its own, and the efficiency that is read from it."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from kl_alliteration import Judgement
-from kl_alliteration.lab.frontier import efficiency_of, read_base_rewards
+from kl_alliteration._trl import seam_of
+from kl_alliteration.lab.frontier import EfficiencyCallback, efficiency_of, one_curve, read_base_rewards
 from kl_alliteration.lab.options import ALLITERATION
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 from kl_alliteration.yardsticks import least_kl_at
@@ -74,3 +77,38 @@ def test_efficiency_is_the_least_over_the_spent():
     assert efficiency_of(judged(4.3, 3.0, [3.0] * 4), after, rewards) is None  # it did not begin at its reference
     assert efficiency_of(before, judged(15.9, 9.0, [9.0] * 4), rewards) is None  # nobody has seen that
     assert efficiency_of(before, after, None) is None
+
+
+def test_the_log_has_the_efficiency_of_the_last_completions(make_trainer, monkeypatch):
+    """What `efficiency` says of the window, and nothing where it says nothing."""
+    asked = []
+
+    def known(ref_rewards, rewards, ratios, spent):
+        asked.append((rewards.tolist(), ratios.tolist(), spent))
+        return None if len(asked) == 1 else 0.5
+
+    monkeypatch.setattr("kl_alliteration.lab.frontier.efficiency", known)
+    trainer = make_trainer(max_steps=3, logging_steps=1, learning_rate=1e-2)
+    told = []
+    seam_of(trainer).observers.append(
+        lambda rollout: told.extend((rollout.ref_log_ratio * rollout.completion_mask).sum(-1).tolist())
+    )
+    trainer.add_callback(EfficiencyCallback(trainer, torch.rand(1, 100), window=16))
+    trainer.train()
+    logs = trainer.state.log_history
+    assert [log.get("kl/efficiency") for log in logs[:3]] == [None, 0.5, 0.5]
+    assert [ratios for _, ratios, _ in asked] == [told[:8], told[:16], told[8:24]]
+    for (rewards, ratios, spent), log in zip(asked, logs, strict=False):
+        assert spent == pytest.approx(sum(ratios) / len(ratios))
+        assert sum(rewards[-8:]) / 8 == pytest.approx(log["reward"], rel=1e-4)
+
+
+def test_prompts_with_few_samples_each_are_one_curve():
+    rewards = torch.tensor([[0.0, 1.0], [5.0, 6.0]]).repeat(4, 1)
+    together = one_curve(rewards, mean=20.0)
+    assert together.shape == (1, 16) and together.mean().item() == pytest.approx(20)
+    assert together.std(correction=0).item() == pytest.approx(
+        0.5 * math.sqrt(2)
+    )  # less the mean of two: a half is left
+    many = torch.rand(2, 1000)
+    assert one_curve(many, 20.0) is many and one_curve(rewards[:1], 20.0).shape == (1, 2)

@@ -32,9 +32,17 @@ from trl import GRPOTrainer
 
 from .grpo import GRPOSeam
 from .rloo import RLOOSeam
-from .seam import Seam, UnknownTRLError, forget_batches, last_completions, last_reward_std
+from .seam import Seam, UnknownTRLError, forget_batches, last_completions, last_reward_std, last_rewards
 
-__all__ = ["Seam", "UnknownTRLError", "forget_batches", "last_completions", "last_reward_std", "seam_of"]
+__all__ = [
+    "Seam",
+    "UnknownTRLError",
+    "forget_batches",
+    "last_completions",
+    "last_reward_std",
+    "last_rewards",
+    "seam_of",
+]
 
 
 def seam_of(trainer) -> Seam:

@@ -1,10 +1,13 @@
 """What the base's own rewards say of a run: its efficiency. They are a `frontier.json` of `recipes/best_of_n.py`."""
 
 import json
+from collections import deque
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
+from .._trl import last_rewards, seam_of
 from ..evaluation import Judgement
 from ..story_lm import MODEL_PATH
 from ..yardsticks import centred, efficiency
@@ -59,8 +62,43 @@ def efficiency_of(before: Judgement, after: Judgement, base_rewards: torch.Tenso
     """`None` where the base's rewards are unknown or do not reach as far, or a run began off its reference."""
     if base_rewards is None or not after.ref_log_ratios or abs(before.exact_kl_per_sequence) > AT_REFERENCE:
         return None
-    if len(base_rewards) > 1 and base_rewards.shape[-1] < MANY:  # their prompts' mean is not the held-out ones'
-        together = centred(base_rewards)
-        base_rewards = (together - together.mean() + before.reward_mean)[None]
+    base_rewards = one_curve(base_rewards, before.reward_mean)
     rewards, ratios = torch.tensor(after.rewards), torch.tensor(after.ref_log_ratios)
     return efficiency(base_rewards, rewards, ratios, after.exact_kl_per_sequence)
+
+
+def one_curve(base_rewards: torch.Tensor, mean: float) -> torch.Tensor:
+    """(P, M) rewards of prompts with a curve each; with few samples each as of one, (1, P * M), about this mean."""
+    if len(base_rewards) == 1 or base_rewards.shape[-1] >= MANY:
+        return base_rewards
+    together = centred(base_rewards)
+    return (together - together.mean() + mean)[None]
+
+
+class EfficiencyCallback(TrainerCallback):
+    """Logs `kl/efficiency` of the last 400 completions, where the reference's rewards carry it.
+
+    Args:
+        trainer ([`~trl.RLOOTrainer`]): The trainer, with its monitors.
+        base_rewards (`torch.Tensor`): (P, M) rewards of the reference's samples.
+    """
+
+    def __init__(self, trainer, base_rewards: torch.Tensor, window: int = 400):
+        self.trainer, self.seam = trainer, seam_of(trainer)
+        self.base_rewards = one_curve(base_rewards, base_rewards.nanmean().item())
+        self.seen = deque(maxlen=window)  # reward, log-ratio and KL of a completion
+        self.seam.observers.append(self.observe)
+
+    def observe(self, rollout) -> None:
+        if self.trainer.model.training:
+            gather, mask = self.trainer.accelerator.gather, rollout.completion_mask
+            spent = rollout.per_token_kl("exact" if rollout.hidden is not None else "k1")
+            columns = [gather((values * mask).sum(-1)).tolist() for values in (rollout.ref_log_ratio, spent)]
+            self.seen.extend(zip(last_rewards(self.trainer)[-len(columns[0]) :].tolist(), *columns, strict=True))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_log and self.seen:
+            rewards, ratios, spent = torch.tensor(list(self.seen)).T
+            found = efficiency(self.base_rewards, rewards, ratios, spent.mean().item())
+            if found is not None:
+                self.seam.metrics["kl/efficiency"].append(found)

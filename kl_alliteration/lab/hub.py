@@ -76,6 +76,8 @@ def write_card(folder: Path, trainer, penalty: str, rewards: list[str], before: 
         loader = "kl_alliteration.adapters", "load_adapter"
     names = ("reward_mean", "pairs_per_100_words", "kl_per_token", "kl_per_sequence", "different_share", "distinct_2")
     names += ("entropy_per_token", "ended_share", "mean_length")
+    extra = ("exact_kl_per_sequence", "efficiency", "effective_plots", "most_told_share")
+    names += tuple(name for name in extra if getattr(after, name) is not None)
     own = model.get_base_model() if adapter else model
     made_of = read_origin(own.config.name_or_path).get("file")
     rows = [(n, getattr(before, n), getattr(after, n)) for n in names]

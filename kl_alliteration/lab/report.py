@@ -25,6 +25,8 @@ COLUMNS = {
     "kl_per_token": "KL per token",
     "kl_per_sequence": "KL per sequence",
     "entropy_per_token": "entropy",
+    "efficiency": "efficiency",
+    "effective_plots": "plots",
 }
 PANELS = {  # file: (log entry, label)
     "reward.png": ("reward", "reward"),

@@ -4,7 +4,7 @@ import shutil
 import sys
 import time
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from ..target import KLTargetCallback
 from .base_samples import base_samples
 from .checked_rewards import load_rewards
 from .figures import plot_curves
-from .frontier import efficiency_of, read_base_rewards
+from .frontier import EfficiencyCallback, efficiency_of, read_base_rewards
 from .hub import push, write_card
 from .inputs import check_lengths, load_held_out, load_policy, load_prompts, load_tokenizer, share_template_options
 from .judging import judge_policy
@@ -57,6 +57,8 @@ from .runs import (
     write_record,
 )
 from .survival import stop_beyond, train_or_say_why
+
+PLOTS = ("effective_plots", "most_told_share", "kl_of_plots")
 
 
 def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, base_rewards=None) -> None:
@@ -94,6 +96,8 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
         say(trainer.args, callback.price.in_words())
     if args.plots or args.plot_price:
         trainer.add_callback(PlotMonitorCallback(trainer, plots_of(model_name_or_path, base.texts), base.texts))
+    if base_rewards is not None and not args.plot_price:  # whose rewards in training are not the base's
+        trainer.add_callback(EfficiencyCallback(trainer, base_rewards))
     if args.kl_monitor:
         trainer.add_callback(KLMonitorCallback(trainer, exact=exact))
     if args.kl_controller != "fixed":
@@ -221,20 +225,29 @@ def push_run(trainer, args: StoryArguments, before: Judgement, after: Judgement)
     return push(trainer, folder)
 
 
-def show(before: Judgement, after: Judgement, folder: Path, share: float | None = None, plots: list = ()) -> None:
+def with_yardsticks(trainer, before: Judgement, after: Judgement, base_rewards) -> tuple[Judgement, Judgement]:
+    """Both with the efficiency and the plots, as far as the base's samples are at hand."""
+    after = replace(after, efficiency=efficiency_of(before, after, base_rewards))
+    for monitor in callbacks_of(trainer, PlotMonitorCallback):
+        counts = (asdict(monitor.count_plots(judged.completions)) for judged in (before, after))
+        before, after = (
+            replace(judged, **{name: count[name] for name in PLOTS})
+            for judged, count in zip((before, after), counts, strict=True)
+        )
+    return before, after
+
+
+def show(before: Judgement, after: Judgement, folder: Path) -> None:
     """The numbers and a few stories before and after, on the screen and as `stories.md`; all of them as JSON lines."""
     names = ("reward_mean", "pairs_per_100_words", "different_share", "distinct_2", "ended_share", "mean_length")
     names += ("entropy_per_token", "kl_per_token", "kl_per_sequence", "exact_kl_per_sequence")
+    names += tuple(name for name in (*PLOTS, "efficiency") if getattr(after, name) is not None)
     table = Table(title=f"{after.stories} fresh stories")
     for column in ("", "before", "after"):
         table.add_column(column, justify="right" if column else "left")
     for name in names:
         values = [getattr(judgement, name) for judgement in (before, after)]
         table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in values))
-    for name in ("effective_plots", "most_told_share", "kl_of_plots") if plots else ():
-        table.add_row(name, *(f"{found[name]:.3f}" for found in plots))
-    if share is not None:
-        table.add_row("efficiency (least KL of this reward / KL)", "-", f"{share:.3f}")
     console = Console()
     console.print(table)
     lines = []
@@ -267,7 +280,7 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(StoryProgressCallback())
     sampling = args if isinstance(args, PairArguments) else training_args
-    targets, monitors = callbacks_of(trainer, KLTargetCallback), callbacks_of(trainer, PlotMonitorCallback)
+    targets = callbacks_of(trainer, KLTargetCallback)
     base_rewards = read_base_rewards(args, sampling, model_args.model_name_or_path)
     base_rewards = targets[0].ref_rewards if targets else base_rewards
     judged = partial(
@@ -284,14 +297,11 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
     after = judged()
     save_final(trainer, below=args.adapter_name_or_path if model_args.use_peft else None)
     if trainer.is_world_process_zero():
-        share = efficiency_of(before, after, base_rewards)
-        plots = [asdict(monitor.count_plots(judged.completions)) for monitor in monitors for judged in (before, after)]
-        show(before, after, folder, share, plots)
+        before, after = with_yardsticks(trainer, before, after, base_rewards)
+        show(before, after, folder)
         title = f"{Path(model_args.model_name_or_path).name}: {penalty_in_words(trainer, args)}"
         plot_curves(trainer.state.log_history, folder / "curves.png", title, before.reward_mean)
         summary = {"before": before.numbers(), "after": after.numbers(), "stories": after.texts[:5]}
-        summary |= {"efficiency": share}
-        summary |= {"plots": dict(zip(("before", "after"), plots, strict=True))} if plots else {}
         summary |= guarded | {"seconds": round(time.time() - parser.started, 1)}
         Path(folder, "summary.json").write_text(as_json(summary, indent=2) + "\n", encoding="utf-8")
         write_recipe(folder / "recipe.yaml", parser)
