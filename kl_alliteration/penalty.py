@@ -204,19 +204,25 @@ class KLPenalty:
 
 
 class KLPenaltyCallback(TrainerCallback):
-    """Use a [`KLPenalty`] in a stock [`~trl.RLOOTrainer`], multiplied by `trainer.beta`.
+    """Use a [`KLPenalty`] in a stock [`~trl.RLOOTrainer`] or [`~trl.GRPOTrainer`], multiplied by `trainer.beta`.
 
-    It takes effect as soon as the callback is made. TRL's metric `kl` keeps its meaning, the mean log-ratio in nats
-    per token, whatever the penalty is. With `trainer.beta == 0` there is no penalty. A choice with a null or wrong
-    gradient warns, with what to use instead.
+    It takes effect as soon as the callback is made. TRL's metric `kl` keeps its meaning, whatever the penalty is: in
+    nats per token, RLOO's the mean log-ratio, GRPO's the mean k3. With `trainer.beta == 0` there is no penalty. A
+    choice with a null or wrong gradient warns, with what to use instead.
+
+    On GRPO the penalty in the reward is subtracted before TRL takes the group's mean away and divides by its spread
+    (`scale_rewards`), and in the loss a completion has the weight that TRL's `loss_type` gives to its tokens. So a nat
+    costs beta beside a reward, in either half of `"both"`; in the loss alone it costs beta beside a reward over the
+    spread, as TRL's own k3 does.
 
     Args:
-        trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
-        penalty ([`KLPenalty`], *optional*): The choice; by default TRL's own.
+        trainer ([`~trl.RLOOTrainer`] or [`~trl.GRPOTrainer`]): The trainer, stock.
+        penalty ([`KLPenalty`], *optional*): The choice; by default TRL's own, k1 in RLOO's reward, k3 in GRPO's loss.
         strict (`bool`, *optional*, defaults to `False`): Raise instead of warning of a gradient.
 
     Raises:
-        `ValueError`: for a [`~trl.GRPOTrainer`], or a model whose head the estimate cannot read.
+        `ValueError`: for a model whose head the estimate cannot read; on GRPO for a penalty in the reward beside
+            `multi_objective_aggregation="normalize_then_sum"`.
 
     Example:
 
@@ -227,7 +233,7 @@ class KLPenaltyCallback(TrainerCallback):
     """
 
     def __init__(self, trainer, penalty: KLPenalty | None = None, strict: bool = False):
-        self.trainer, self.penalty = trainer, penalty or KLPenalty()
+        self.trainer, self.penalty = trainer, penalty or KLPenalty(*seam_of(trainer).OWN)
         if complaint := self.penalty.complaint:
             if strict:
                 raise ValueError(complaint)

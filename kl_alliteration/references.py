@@ -16,10 +16,8 @@ def use_loaded_reference(trainer) -> None:
     memory of a second model. Call it before any callback.
 
     Args:
-        trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
-
-    Raises:
-        `ValueError`: for a [`~trl.GRPOTrainer`], whose own penalty would still take the adapter off.
+        trainer ([`~trl.RLOOTrainer`] or [`~trl.GRPOTrainer`]): The trainer, stock. GRPO needs a `KLPenaltyCallback`
+            too: its own penalty would still take the adapter off.
     """
     seam_of(trainer).use_loaded_reference()
 

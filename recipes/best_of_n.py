@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from kl_alliteration.evaluation import ask_reward, plain_sampling, sample_rows
 from kl_alliteration.lab.checked_rewards import load_rewards
+from kl_alliteration.lab.checks import check_model_path
 from kl_alliteration.lab.figures import plot_frontier, read_run
 from kl_alliteration.lab.gguf import as_folder
 from kl_alliteration.lab.inputs import load_prompts
-from kl_alliteration.lab.options import check_model_path
 from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.sampling import use_fast_generate
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT

@@ -14,8 +14,9 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from kl_alliteration import use_fast_sampling
 from kl_alliteration.lab.checked_rewards import ranking_reward
+from kl_alliteration.lab.checks import check_options
 from kl_alliteration.lab.inputs import load_pairs, load_policy, load_tokenizer
-from kl_alliteration.lab.options import PairArguments, check_options
+from kl_alliteration.lab.options import PairArguments
 from kl_alliteration.lab.pairs import longest
 from kl_alliteration.lab.parser import RecipeParser, parse_recipe
 from kl_alliteration.lab.progress import clear_screen_of_libraries

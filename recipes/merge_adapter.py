@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, HfArgumentParser
 
 from kl_alliteration.adapters import is_adapter, load_adapter, merge
-from kl_alliteration.lab.options import check_model_path
+from kl_alliteration.lab.checks import check_model_path
 from kl_alliteration.lab.survival import one_line_errors
 
 

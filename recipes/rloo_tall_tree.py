@@ -13,8 +13,9 @@ from pathlib import Path
 
 from trl import ModelConfig, RLOOConfig, RLOOTrainer
 
+from kl_alliteration.lab.checks import check_options
 from kl_alliteration.lab.judging import total_reward
-from kl_alliteration.lab.options import PenaltyArguments, check_options
+from kl_alliteration.lab.options import OnlineArguments
 from kl_alliteration.lab.parser import RecipeParser, parse_recipe
 from kl_alliteration.lab.progress import clear_screen_of_libraries
 from kl_alliteration.lab.run import build_trainer, run_recipe
@@ -23,7 +24,7 @@ from kl_alliteration.lab.survival import one_line_errors
 
 @one_line_errors
 def main():
-    parser = RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), defaults=Path(__file__).with_suffix(".yaml"))
+    parser = RecipeParser((OnlineArguments, RLOOConfig, ModelConfig), defaults=Path(__file__).with_suffix(".yaml"))
     args, training_args, model_args = parse_recipe(parser)
     check_options(args, training_args, model_args)
     clear_screen_of_libraries()

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from kl_alliteration import alliteration_reward, judge
 from kl_alliteration.adapters import is_adapter, load_adapter
+from kl_alliteration.lab.checks import check_model_path
 from kl_alliteration.lab.gguf import as_folder
-from kl_alliteration.lab.options import check_model_path
 from kl_alliteration.lab.progress import shown
 from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from common import quiet, run_groups, runs_parser
 
+from kl_alliteration.lab.checks import check_model_path
 from kl_alliteration.lab.figures import plot_frontier, read_run
 from kl_alliteration.lab.gguf import SMOLLM2_FOLDER
-from kl_alliteration.lab.options import check_model_path
 from kl_alliteration.lab.runs import read_summary
 from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.lab.sweep import ROOT, seeds_of

@@ -21,9 +21,9 @@ from common import quiet, run_groups, runs_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl_alliteration.evaluation import judge
+from kl_alliteration.lab.checks import check_model_path
 from kl_alliteration.lab.gguf import SMOLLM2_FOLDER
 from kl_alliteration.lab.judging import judge_run
-from kl_alliteration.lab.options import check_model_path
 from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.lab.sweep import ROOT, seeds_of
 from kl_alliteration.sampling import use_fast_generate

@@ -25,8 +25,15 @@ def test_grpo(tmp_path):
     assert [entry["generations"] for entry in lines(out / "metrics.jsonl")[:2]] == [4, 8]
     assert lines(out / "metrics.jsonl")[0]["kl/k3_per_token"] == pytest.approx(0, abs=1e-6)
     assert json.loads((out / "summary.json").read_text())["after"]["exact_kl_per_sequence"] >= 0
-    done = run("grpo_tall_tree.py", "--kl_estimator", "k1", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "error: unknown option --kl_estimator" in done.stderr
+    penalty = "--kl_estimator", "exact", "--kl_placement", "both", "--kl_budget_per_token", "0.1"
+    run("grpo_tall_tree.py", "--output_dir", "exact", *group, *penalty, *TINY, cwd=tmp_path)
+    first = lines(tmp_path / "exact/metrics.jsonl")[0]
+    assert "kl/budget_use" in first and "kl/exact_per_token" in first and "kl" in first
+    target = "--target_kl_per_sequence", "3", "--kl_estimator", "exact", "--kl_placement", "both"
+    told = run("grpo_tall_tree.py", "--output_dir", "target", *group, *target, *TINY, cwd=tmp_path).stdout
+    assert "target 3 nats per sequence: price" in told and "kl/price" in lines(tmp_path / "target/metrics.jsonl")[0]
+    done = run("grpo_tall_tree.py", "--baseline", "none", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "baseline 'none' is RLOO's" in done.stderr
 
 
 @pytest.mark.parametrize("lora", [(), ("--use_peft", "--learning_rate", "1e-2")], ids=["full", "lora"])

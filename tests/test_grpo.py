@@ -1,4 +1,4 @@
-"""On a stock GRPOTrainer the callbacks look on, steer beta and judge; the penalty stays GRPO's own."""
+"""On a stock GRPOTrainer the callbacks look on, steer beta and judge, while the penalty is GRPO's own."""
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from kl_alliteration import (
     CollapseGuardCallback,
     KLControlCallback,
     KLMonitorCallback,
-    KLPenaltyCallback,
     ReferenceCallback,
 )
 from kl_alliteration.control import LogPIRule
@@ -30,7 +29,7 @@ def make_grpo(tiny_model, tmp_path):
             reward_funcs=reward,
             args=GRPOConfig(**defaults | options),
             train_dataset=Dataset.from_dict({"prompt": ["once upon a time", "there was a"] * 8}),
-            peft_config=config if lora else None,
+            peft_config=config if lora is True else lora or None,
         )
 
     return make
@@ -84,8 +83,3 @@ def test_a_reference_adapter(make_grpo):
     entries = [e for e in history(trainer) if "kl" in e]
     for entry in entries:
         assert entry["kl/base_per_token"] == pytest.approx(entry["kl/k1_per_token"], abs=1e-6)
-
-
-def test_its_own_penalty_is_not_replaced(make_grpo):
-    with pytest.raises(ValueError, match="GRPOTrainer has its own penalty, k3 in the loss, .* take RLOOTrainer"):
-        KLPenaltyCallback(make_grpo())

@@ -28,7 +28,7 @@ from trl import ModelConfig, RLOOConfig
 
 from kl_alliteration.adapters import load_adapter
 from kl_alliteration.lab.gguf import as_folder
-from kl_alliteration.lab.options import PenaltyArguments
+from kl_alliteration.lab.options import OnlineArguments
 from kl_alliteration.lab.parser import RecipeParser, parse_recipe
 
 SMALL = "--max_steps 2 --max_completion_length 12 --eval_stories 6 --logging_steps 1 --show_stories_every 0".split()
@@ -138,7 +138,7 @@ def test_train_push_and_a_stranger_reads_it(hub, at_hub, here, tmp_path):
     defaults = ROOT / "recipes/rloo_tall_tree.yaml"
 
     def parsed(argv):
-        return parse_recipe(RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), defaults), argv)
+        return parse_recipe(RecipeParser((OnlineArguments, RLOOConfig, ModelConfig), defaults), argv)
 
     expected = parsed([*PUSH, *saves])
     for found, wanted in zip(parsed(["--config", str(tmp_path / "again.yaml")]), expected, strict=True):

@@ -8,7 +8,7 @@ import torch
 
 from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback, kl
 from kl_alliteration._trl import seam_of
-from kl_alliteration.lab.options import PenaltyArguments
+from kl_alliteration.lab.options import OnlineArguments
 from kl_alliteration.penalty import CONTRACT, FORWARD
 
 REFUSED = [
@@ -41,15 +41,15 @@ def test_what_is_no_penalty_is_refused(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         KLPenalty(**options)
     with pytest.raises(ValueError, match=f"^kl_{message}"):
-        PenaltyArguments(**{f"kl_{name}": value for name, value in options.items()})
+        OnlineArguments(**{f"kl_{name}": value for name, value in options.items()})
 
 
 def test_the_options_make_the_same_value():
-    assert PenaltyArguments().penalty == KLPenalty()
+    assert OnlineArguments().penalty == KLPenalty()
     fields = {"estimator": "exact", "placement": "both", "reduction": "mean", "direction": "forward"}
     fields |= {"budget_per_token": 0.5, "top_k": 7, "within_budget": 0.25}
     assert set(fields) == {field.name for field in dataclasses.fields(KLPenalty)}
-    assert PenaltyArguments(**{f"kl_{name}": value for name, value in fields.items()}).penalty == KLPenalty(**fields)
+    assert OnlineArguments(**{f"kl_{name}": value for name, value in fields.items()}).penalty == KLPenalty(**fields)
 
 
 def test_it_is_a_value():

@@ -19,7 +19,7 @@ from trl import ModelConfig, RLOOConfig, RLOOTrainer
 
 from kl_alliteration.adapters import load_adapter
 from kl_alliteration.kl import KLWarning
-from kl_alliteration.lab.options import PenaltyArguments
+from kl_alliteration.lab.options import OnlineArguments
 from kl_alliteration.lab.parser import RecipeParser, parse_recipe, write_recipe
 from kl_alliteration.lab.sweep import end_orphan
 from kl_alliteration.rewards.reward_model import AlliterationRewardModel
@@ -334,7 +334,7 @@ def test_refusals(tmp_path, options, says):
 @pytest.mark.parametrize("words", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]])
 def test_a_token_is_in_no_file(tmp_path, monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["rloo_tall_tree.py", "--output_dir", "out", *words, "--beta", "2"])
-    parser = RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), ROOT / "recipes/rloo_tall_tree.yaml")
+    parser = RecipeParser((OnlineArguments, RLOOConfig, ModelConfig), ROOT / "recipes/rloo_tall_tree.yaml")
     parse_recipe(parser)
     write_recipe(tmp_path / "recipe.yaml", parser)
     written = (tmp_path / "recipe.yaml").read_text()

@@ -13,17 +13,11 @@ from transformers import AutoModelForCausalLM, SchedulerType
 from trl import DPOConfig, GRPOConfig, ModelConfig, RLOOConfig
 
 from kl_alliteration.evaluation import ask_reward
-from kl_alliteration.lab import options as options_module
-from kl_alliteration.lab import refusals
+from kl_alliteration.lab import checks, refusals
+from kl_alliteration.lab.checks import check_model_path, check_options
 from kl_alliteration.lab.gguf import SMOLLM2_FOLDER
 from kl_alliteration.lab.inputs import check_lengths, load_prompts
-from kl_alliteration.lab.options import (
-    OnlineArguments,
-    PairArguments,
-    PenaltyArguments,
-    check_model_path,
-    check_options,
-)
+from kl_alliteration.lab.options import GRPOArguments, OnlineArguments, PairArguments
 from kl_alliteration.lab.pairs import read_pairs
 from kl_alliteration.lab.parser import RecipeParser, parse_recipe
 from kl_alliteration.lab.progress import MetricsFileCallback
@@ -31,8 +25,8 @@ from kl_alliteration.lab.survival import one_line_errors
 
 RECIPE = "rloo_tall_tree.py"
 KINDS = {
-    "rloo": (PenaltyArguments, RLOOConfig),
-    "grpo": (OnlineArguments, GRPOConfig),
+    "rloo": (OnlineArguments, RLOOConfig),
+    "grpo": (GRPOArguments, GRPOConfig),
     "dpo": (PairArguments, DPOConfig),
 }
 
@@ -291,7 +285,7 @@ def test_the_helper_leaves_a_terminal_without_errors_alone(monkeypatch):
 
 def test_the_hub_is_asked_last(monkeypatch):
     """Nothing is made at the Hub for a run that is refused."""
-    monkeypatch.setattr(options_module, "check_hub", lambda args: pytest.fail("asked"))
+    monkeypatch.setattr(checks, "check_hub", lambda args: pytest.fail("asked"))
     refused("--push_to_hub", "--top_k", -1)
 
 

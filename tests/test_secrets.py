@@ -8,7 +8,7 @@ from programs import ROOT, run
 from trl import ModelConfig, RLOOConfig
 
 from kl_alliteration.lab import secrets
-from kl_alliteration.lab.options import PenaltyArguments
+from kl_alliteration.lab.options import OnlineArguments
 from kl_alliteration.lab.parser import RecipeParser, parse_recipe
 
 TOKEN = "hf_PlantedSecretOfThisTest"
@@ -35,7 +35,7 @@ def found_in(folder: Path) -> list[str]:
 def test_it_moves_into_the_environment(monkeypatch, words):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("HF_TOKEN", "")
-    parser = RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), ROOT / "recipes/rloo_tall_tree.yaml")
+    parser = RecipeParser((OnlineArguments, RLOOConfig, ModelConfig), ROOT / "recipes/rloo_tall_tree.yaml")
     parsed = parse_recipe(parser, words)
     assert os.environ["HF_TOKEN"] == TOKEN and TOKEN not in str([vars(each) for each in parsed])
     assert TOKEN not in str(parser.given)

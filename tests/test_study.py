@@ -8,7 +8,7 @@ from conftest import word_tokenizer
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, set_seed
 from trl import ModelConfig, RLOOConfig, RLOOTrainer
 
-from kl_alliteration.lab.options import PenaltyArguments
+from kl_alliteration.lab.options import OnlineArguments
 from kl_alliteration.lab.parser import RecipeParser, parse_recipe
 from kl_alliteration.lab.run import build_trainer
 from kl_alliteration.lab.sweep import ROOT
@@ -56,7 +56,7 @@ def study_update(policy, reference, texts, words, learning_rate: float) -> None:
 @pytest.mark.filterwarnings("ignore::kl_alliteration.kl.KLWarning")  # the study samples with top_k 50
 def test_the_same_tokens_give_the_study_s_update(tmp_path):
     words = tiny_gpt_neo(tmp_path / "model")
-    parser = RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), defaults=ROOT / "recipes/study_33m.yaml")
+    parser = RecipeParser((OnlineArguments, RLOOConfig, ModelConfig), defaults=ROOT / "recipes/study_33m.yaml")
     options = ["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
     options += ["--prompt", "once upon a time ", "--max_steps", "3", "--generation_kwargs", '{"min_new_tokens": 96}']
     args, training_args, model_args = parse_recipe(parser, [*options, "--report_to", "none", "--save_strategy", "no"])

@@ -1,63 +1,199 @@
-"""The GRPO seam, which only observes: GRPO has its own penalty, k3, in its loss. The run's numbers stay the same."""
+"""The GRPO seam: it looks on while the penalty is TRL's own, k3 in the loss, and places any other."""
 
 import dataclasses
-import inspect
 
 import torch
+from trl.trainer.utils import nanstd, pad
 
-from .seam import Seam
+from .. import kl
+from .baseline import weighted
+from .looking_on import look_on
+from .loss_types import check_loss_type, divisor_of_completions
+from .penalised import Batch, LossPass, PenaltySeam
+from .seam import unknown_order
 
 
-class GRPOSeam(Seam):
-    """Wraps two bound methods of a stock `GRPOTrainer`, so that its completions can be watched."""
+class GRPOSeam(PenaltySeam):
+    """Wraps five bound methods of a stock `GRPOTrainer`.
+
+    In the reward: `_calculate_rewards` returns one more column, beta times the penalty, whose weight is -1 while the
+    batch is made: TRL sums, takes the group's mean away and divides by its spread. In the loss: TRL's loss is taken at
+    beta 0, without its k3, and the penalty is added, divided as TRL's `loss_type` divides what a completion's tokens
+    sum to. In both: that part is divided by the same spread, so that the two halves have one price.
+    """
+
+    OWN = ("k3", "loss")
+    NEEDS = (
+        "_generate", "reward_weights", "loss_type", "scale_rewards", "multi_objective_aggregation", "num_generations",
+        "num_generations_eval", "max_completion_length", "use_vllm", "vllm_importance_sampling_correction",
+    )  # fmt: skip
 
     def __init__(self, trainer):
         super().__init__(trainer)
-        self.scorer.places = False  # but while it looks on
-        trainer._generate_and_score_completions = self.generate_and_observe
+        self.scorer.places = False  # but while it looks on, or places a penalty
+        self.stock.calculate_rewards, self.stock.generate = trainer._calculate_rewards, trainer._generate
+        trainer._generate = self.generate
+        trainer._calculate_rewards = self.calculate_rewards
+        trainer._get_per_token_logps_and_entropies = self.get_logps
+        trainer._generate_and_score_completions = self.generate_and_score
         trainer._compute_loss = self.compute_loss
 
     def use_penalty(self, penalty) -> None:
-        raise ValueError(
-            f"{type(self.trainer).__name__} has its own penalty, k3 in the loss, and no place for another: take "
-            "RLOOTrainer, or watch and steer GRPO's beta with KLMonitorCallback and KLControlCallback"
-        )
+        if penalty.in_reward and self.trainer.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                "multi_objective_aggregation must be 'sum_then_normalize' with a KL penalty in the reward: "
+                f"{self.trainer.multi_objective_aggregation!r} divides each reward by its own spread, and a penalty "
+                "so divided has no price; put it into the loss"
+            )
+        if penalty.in_loss:
+            check_loss_type(self.trainer)
+        super().use_penalty(penalty)
+        self.scorer.places = not self.is_stock
 
     def use_loaded_reference(self) -> None:
-        raise ValueError(
-            f"{type(self.trainer).__name__} takes its own penalty from the model with the adapter off: take "
-            "RLOOTrainer, or an adapter that leaves its base as it is"
+        super().use_loaded_reference()
+        self.scorer.places = True
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether TRL makes the penalty, every number the same bit for bit."""
+        if self.penalty is None:
+            return True
+        choice = self.penalty.estimator, self.penalty.placement, self.penalty.reduction, self.penalty.budget_per_token
+        return choice == (*self.OWN, "sum", None) and self.scorer.own_reference is None
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether TRL takes the loss's own log-probabilities for those of the policy that sampled."""
+        trainer, args = self.trainer, self.trainer.args
+        corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
+        return args.gradient_accumulation_steps % (args.steps_per_generation * trainer.num_iterations) == 0 and (
+            not corrected
         )
 
-    def use_one_forward(self) -> bool:
-        return False
-
-    def generate_and_observe(self, inputs):
-        """Make a generation batch and its rollout. On policy TRL does not score the policy there, so this does.
-
-        It scores without a gradient and restores the random state, so that training is the same as without observers.
-        """
-        output, rollout = self.stock.generate_and_score(inputs), None
-        trainer, scorer = self.trainer, self.scorer
-        if self.observers and (self.beta != 0 or scorer.at_beta_zero):
-            ids, mask = (
-                torch.cat([output[f"prompt_{name}"], output[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
+    def generate_and_score(self, inputs):
+        if self.penalty is None and self.scorer.own_reference is not None and self.beta != 0:
+            raise ValueError(
+                f"{type(self.trainer).__name__} takes its own penalty from the model with the adapter off: with a "
+                "loaded reference it needs KLPenaltyCallback(trainer, KLPenalty(...))"
             )
-            length, accepted = output["completion_ids"].shape[1], inspect.signature(scorer.get_logps).parameters
-            seen = {name: output[name] for name in accepted if name in output}  # images and what goes with them
-            asked = trainer.model, ids, mask, length, trainer.args.per_device_train_batch_size
-            device = trainer.accelerator.device
-            with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), scorer.placed():
-                policy = scorer.score_checked(*asked, **seen)
-                reference, base_logps = scorer.score_reference(*asked, **seen), scorer.base_logps(*asked, **seen)
-                rollout = scorer.rollout(policy, reference, ids, mask, base_logps)
-                if "tool_mask" in output:  # what tools and environments wrote is not the policy's
-                    own = rollout.completion_mask * output["tool_mask"]
-                    rollout = dataclasses.replace(rollout, completion_mask=own)
-        self.tell(rollout)
+        if self.is_stock or self.beta == 0:
+            self.batch = None
+            output = self.stock.generate_and_score(inputs)
+            self.tell(look_on(self, output))
+            return output
+        trainer, self.loss_pass = self.trainer, None
+        self.batch, weights = (batch := Batch()), trainer.reward_weights
+        try:
+            output = self.stock.generate_and_score(inputs)
+        finally:
+            trainer.reward_weights, batch.under_way = weights, False
+        if batch.rollout is None or len(batch.scored) != (expected := 1 if self.on_policy else 2):
+            raise unknown_order(
+                f"asked for log-probabilities {len(batch.scored)} times in a generation batch, expected {expected}"
+            )
+        batch.scored = []
+        if self.penalty.in_reward:
+            self._put_right(output)
+        self._keep_for_loss(output)
+        self.tell(batch.rollout)
         return output
 
+    def generate(self, prompts):
+        generated = self.stock.generate(prompts)
+        if self.batch is not None and self.batch.under_way:
+            self.batch.own_tokens = generated[2]  # a mask each: 0 where a tool or an environment wrote
+        return generated
+
+    def get_logps(self, model, *asked, **kwargs):
+        """TRL's method, its results recorded: in a generation batch off policy the policy's, then the reference's."""
+        if self.loss_pass is not None:
+            self.loss_pass.scored = self._score_for_loss(model, *asked, **kwargs)
+            return self.loss_pass.scored.results
+        batch = self.batch
+        if batch is None or not batch.under_way:
+            return self.scorer.score(model, *asked, **kwargs).results
+        of_policy, size = not self.on_policy and not batch.scored, [kwargs.pop("batch_size")]
+        own = self.scorer.own_reference is not None and not of_policy
+        score = self.scorer.score_checked if of_policy else self.scorer.score_reference if own else self.scorer.score
+        batch.scored.append(score(model, *asked, *size, **kwargs))
+        batch.asked = (*asked, *size), kwargs
+        return batch.scored[-1].results
+
+    def calculate_rewards(self, *args, **kwargs):
+        rewards, batch = self.stock.calculate_rewards(*args, **kwargs), self.batch
+        if batch is None or not batch.under_way or not batch.scored:
+            return rewards
+        batch.rewards = rewards  # (B of all processes, functions)
+        self._make_rollout()
+        if not self.penalty.in_reward:
+            return rewards
+        trainer = self.trainer
+        with torch.no_grad():
+            batch.penalty = self.penalty(batch.rollout)
+        everywhere = trainer.accelerator.gather(batch.penalty).to(rewards.device)  # in its own precision
+        # Where there is no reward, there is no penalty and no advantage.
+        column = (self.beta * everywhere).masked_fill(rewards.isnan().all(1), torch.nan)
+        trainer.reward_weights = torch.cat([trainer.reward_weights, trainer.reward_weights.new_tensor([-1.0])])
+        return torch.cat([rewards, column[:, None]], dim=1)
+
+    def _make_rollout(self) -> None:
+        """Of both scores, the policy's made here where TRL has asked for none."""
+        batch, scorer, model = self.batch, self.scorer, self.trainer.model
+        (asked, kwargs), reference = batch.asked, batch.scored[-1]
+        if self.on_policy:
+            keep_graph = self.one_forward and model.training
+            with torch.set_grad_enabled(keep_graph):
+                policy = scorer.score_checked(model, *asked, **kwargs, compute_entropy=keep_graph)
+            if keep_graph:
+                batch.graph, policy = policy, dataclasses.replace(policy, logps=policy.logps.detach())
+        else:
+            policy = batch.scored[0]
+        with torch.no_grad():
+            base_logps = scorer.base_logps(model, *asked, **kwargs)
+        rollout = scorer.rollout(policy, reference, *asked[:2], base_logps)
+        if batch.own_tokens is not None:
+            masks = [torch.tensor(mask, device=asked[0].device) for mask in batch.own_tokens]
+            own = pad(masks, padding_value=1, padding_side="right", pad_to_multiple_of=self.trainer.pad_to_multiple_of)
+            mask = rollout.completion_mask * own
+            rollout = dataclasses.replace(rollout, completion_mask=mask)
+        if batch.graph is not None and self.in_loss:
+            rollout = dataclasses.replace(rollout, graphs=batch.estimates)
+        batch.rollout, batch.ref_head = rollout, reference.head
+
+    def _put_right(self, output: dict) -> None:
+        """The log's reward without the penalty in it, and the spread by which TRL has divided, for the loss's half."""
+        trainer, batch = self.trainer, self.batch
+        rewards, metrics = weighted(trainer, batch.rewards), self.metrics
+        metrics["reward"][-1], metrics["reward_std"][-1] = rewards.nanmean().item(), nanstd(rewards).item()
+        if not self.in_loss or trainer.scale_rewards == "none":
+            return
+        charged = rewards - self.beta * trainer.accelerator.gather(batch.penalty).to(rewards.device)
+        size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+        groups = charged.view(-1, size if trainer.scale_rewards == "group" else len(charged))
+        spread = nanstd(groups, dim=1).repeat_interleave(groups.shape[1], dim=0)
+        here = trainer.accelerator.process_index * len(batch.penalty)
+        output["kl_scale"] = 1 / (spread[here : here + len(batch.penalty)] + 1e-4)
+
     def compute_loss(self, model, inputs):
-        loss = self.stock.compute_loss(model, inputs)
+        if self.is_stock or self.beta == 0:
+            loss = self.stock.compute_loss(model, inputs)
+            self.check_loss(loss)
+            return loss
+        beta, self.loss_pass = self.beta, (loss_pass := LossPass(inputs.get("kl_row")))
+        try:
+            self.beta = 0.0  # TRL leaves its own penalty out
+            loss = self.stock.compute_loss(model, inputs)
+        finally:
+            self.beta, self.loss_pass = beta, None
         self.check_loss(loss)
-        return loss
+        mask, scored = inputs["completion_mask"], loss_pass.scored
+        mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+        k3 = kl.k3(scored.logps.detach() - inputs["ref_per_token_logps"])
+        self.metrics["kl"].append(self.mean_per_token(k3, mask))  # which is what TRL's log means by it
+        if not self.in_loss:
+            return loss
+        old = inputs.get("old_per_token_logps")
+        penalty = self._penalty_of_loss(loss_pass, inputs, mask, None if old is None else (old * mask).sum(1))
+        penalty = penalty * inputs.get("kl_scale", 1.0) / divisor_of_completions(self.trainer, inputs, mask)
+        return loss + beta * penalty.sum()

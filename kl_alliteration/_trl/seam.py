@@ -31,9 +31,9 @@ def unknown_order(what: str) -> UnknownTRLError:
     return UnknownTRLError(f"trl {trl.__version__} {what}: kl_alliteration was written against trl {READ_FROM}")
 
 
-def check_trainer(trainer) -> None:
+def check_trainer(trainer, needs: tuple[str, ...] = ()) -> None:
     """Refuse, by name, a trainer without the private names that this package was written against."""
-    missing = [name for name in METHODS + ATTRIBUTES if not hasattr(trainer, name)]
+    missing = [name for name in METHODS + ATTRIBUTES + needs if not hasattr(trainer, name)]
     if missing:
         raise UnknownTRLError(
             f"{type(trainer).__name__} of trl {trl.__version__} has no {', '.join(missing)}; kl_alliteration was "
@@ -45,8 +45,10 @@ def check_trainer(trainer) -> None:
 class Seam:
     """Wraps bound methods of one stock trainer. Callbacks reach the trainer's private parts only through it."""
 
+    NEEDS: tuple[str, ...] = ()  # what only this kind of trainer has
+
     def __init__(self, trainer):
-        check_trainer(trainer)
+        check_trainer(trainer, self.NEEDS)
         self.trainer, self.scorer = trainer, Scorer(trainer)
         self.penalty: Callable[[kl.Rollout], torch.Tensor] | None = None  # a `KLPenalty`; `None` is TRL's own
         self.controller = None  # what moves beta, where anything does

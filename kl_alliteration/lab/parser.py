@@ -23,7 +23,8 @@ from .. import kl
 from ..adapters import base_of
 from ..story_lm import MODEL_PATH
 from . import secrets
-from .options import PenaltyArguments, check_model_path
+from .checks import check_model_path
+from .options import OnlineArguments
 
 # transformers 5.23 gave these options new names, and TRL's default of an old one warns there. Either name works with
 # either version: the one that this version lacks is read as the other.
@@ -199,7 +200,7 @@ def parse_recipe(parser: RecipeParser, argv: list[str] | None = None):
         check_model_path("adapter_name_or_path", adapter)
     if not model_args.model_name_or_path:
         model_args.model_name_or_path = base_of(PeftConfig.from_pretrained(adapter)) if adapter else str(MODEL_PATH)
-    if isinstance(args, PenaltyArguments) and args.beta_unit == "study":
+    if isinstance(args, OnlineArguments) and args.beta_unit == "study":
         training_args.beta = kl.study_beta(training_args.beta)
     if args.adapter_learning_rate is not None and (model_args.use_peft or adapter):
         training_args.learning_rate = args.adapter_learning_rate

@@ -40,7 +40,7 @@ from .frontier import EfficiencyCallback, efficiency_of, read_base_rewards
 from .hub import push, write_card
 from .inputs import check_lengths, load_held_out, load_policy, load_prompts, load_tokenizer, share_template_options
 from .judging import judge_policy
-from .options import CONTROLLERS, LATEST, OnlineArguments, PairArguments, PenaltyArguments, StoryArguments
+from .options import CONTROLLERS, LATEST, OnlineArguments, PairArguments, StoryArguments
 from .pages import quoted
 from .parser import RecipeParser, say, write_recipe
 from .plot_labels import plots_of
@@ -67,7 +67,7 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
     `base_rewards`: (P, M) rewards of the base where they are known; else a target samples them.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    steps, exact = trainer.args.ref_model_sync_steps, False
+    steps = trainer.args.ref_model_sync_steps
     if args.kl_reference == "loaded":
         use_loaded_reference(trainer)
     elif args.kl_reference == "moving_average":
@@ -76,17 +76,15 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
         trainer.add_callback(ResetReferenceCallback(trainer, steps, args.reset_at_kl, args.reset_optimizer))
     elif args.adapter_name_or_path and isinstance(model, PeftModel) and REFERENCE in model.peft_config:
         trainer.add_callback(ReferenceCallback(trainer, args.kl_reference))
-    controlled = "k1"
-    if isinstance(args, PenaltyArguments):
-        trainer.add_callback(KLPenaltyCallback(trainer, args.penalty, strict=args.strict))
-        seam_of(trainer).baseline = args.baseline == "leave_one_out"
-        exact = args.penalty.estimator == "exact"
-        controlled = args.penalty.estimator if args.penalty.full_vocabulary else "k1"
+    trainer.add_callback(KLPenaltyCallback(trainer, args.penalty, strict=args.strict))
+    seam_of(trainer).baseline = args.baseline == "leave_one_out"
+    exact = args.penalty.estimator == "exact"
+    controlled = args.penalty.estimator if args.penalty.full_vocabulary else "k1"
     if args.share_prompts:
         share_prompts(trainer)
     if args.fast_sampling:
         use_fast_sampling(trainer)
-    target = args.target_kl_per_sequence if isinstance(args, PenaltyArguments) else None
+    target = args.target_kl_per_sequence
     if args.plots or args.plot_price or (target is not None and base_rewards is None):
         base = base_samples(trainer, args.base_samples, resumed=trainer.args.resume_from_checkpoint is not None)
         base_rewards = base.rewards if base_rewards is None else base_rewards
@@ -203,13 +201,12 @@ def penalty_in_words(trainer, args: StoryArguments) -> str:
     """What the card says of the penalty, its price with the unit."""
     if not isinstance(args, OnlineArguments):
         return f"the implicit one of DPO, beta {trainer.beta:g} per nat of the sequence"
-    if isinstance(args, PenaltyArguments) and args.target_kl_per_sequence is not None:
+    if args.target_kl_per_sequence is not None:
         words = f"{args.penalty.in_words()}, held at {args.target_kl_per_sequence:g} nats"
-    elif isinstance(args, PenaltyArguments):
-        words = args.penalty.in_words(trainer.beta)
     else:
-        words = f"k3 in the loss, beta {trainer.beta:g} per nat"
-        words += "" if trainer.scale_rewards == "none" else " beside rewards over their spread"
+        words = args.penalty.in_words(trainer.beta)
+    if args.penalty.placement == "loss" and getattr(trainer, "scale_rewards", "none") != "none":
+        words += ", beside rewards over their spread"
     if args.kl_controller != "fixed":
         words += f", moved by `{args.kl_controller}` to hold {args.target_kl_per_token:g} nats per token"
     return words

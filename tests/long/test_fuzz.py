@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from trl import ModelConfig, RLOOConfig
 
 from kl_alliteration.lab.checked_rewards import CheckedReward
-from kl_alliteration.lab.options import PenaltyArguments, check_options
+from kl_alliteration.lab.checks import check_options
+from kl_alliteration.lab.options import OnlineArguments
 from kl_alliteration.lab.parser import RecipeParser, parse_recipe, write_recipe
 from kl_alliteration.lab.survival import TrainingStopped, one_line_errors
 
 DEFAULTS = Path(__file__).parents[2] / "recipes/rloo_tall_tree.yaml"
 CASES = settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
-OURS = sorted(PenaltyArguments.__dataclass_fields__)
+OURS = sorted(OnlineArguments.__dataclass_fields__)
 THEIRS = [
     *("beta", "learning_rate", "num_generations", "per_device_train_batch_size", "max_completion_length", "max_steps"),
     *("temperature", "top_k", "top_p", "reward_weights", "save_strategy", "save_steps", "seed", "num_iterations"),
@@ -48,7 +49,7 @@ def attempt(argv: list[str]):
 
     @one_line_errors
     def main():
-        parsed = parse_recipe(RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), DEFAULTS), argv)
+        parsed = parse_recipe(RecipeParser((OnlineArguments, RLOOConfig, ModelConfig), DEFAULTS), argv)
         parsed[1].push_to_hub = False  # no network here
         check_options(*parsed)
         return parsed
@@ -158,7 +159,7 @@ def test_a_token_is_nowhere_and_dashes_are_underscores(options, spelling, dashes
         else:
             told = [f"{spelling}{SECRET}"] if spelling.endswith("=") else [spelling, SECRET]
             words.insert(min(place, len(words)), told)
-        parser = RecipeParser((PenaltyArguments, RLOOConfig, ModelConfig), DEFAULTS)
+        parser = RecipeParser((OnlineArguments, RLOOConfig, ModelConfig), DEFAULTS)
 
         @one_line_errors
         def main():

@@ -1,0 +1,39 @@
+"""What TRL's GRPO divides a completion by in its loss, by `loss_type`."""
+
+import torch
+import trl
+
+from .seam import READ_FROM, UnknownTRLError
+
+LOSS_TYPES = ("grpo", "sapo", "bnpo", "dr_grpo", "luspo", "dapo", "cispo", "vespo")
+
+
+def check_loss_type(trainer) -> None:
+    if trainer.loss_type not in LOSS_TYPES:
+        raise UnknownTRLError(
+            f"loss_type {trainer.loss_type!r} of trl {trl.__version__} is none that kl_alliteration knows, which was "
+            f"written against trl {READ_FROM}: take one of {', '.join(LOSS_TYPES)}, or put the penalty into the reward"
+        )
+
+
+def divisor_of_completions(trainer, inputs, mask: torch.Tensor) -> torch.Tensor:
+    """(B,) by which TRL's loss divides what values per token sum to over a completion's counted tokens.
+
+    (B, T) mask. Every loss type is such a sum: the mean over a completion's tokens (`grpo`, `sapo`), over those of the
+    micro-batch (`bnpo`), of the generation batch (`dapo`, `cispo`, `vespo`), over a constant (`dr_grpo`), or the sum
+    itself (`luspo`).
+    """
+    training, lengths = trainer.model.training, mask.sum(-1).clamp(min=1.0)  # (B, T) -> (B,)
+    steps = trainer.current_gradient_accumulation_steps if training else 1.0
+    rows, every = len(mask), torch.ones_like(lengths)
+    if trainer.loss_type in ("grpo", "sapo"):
+        return lengths * rows * steps
+    if trainer.loss_type == "bnpo":
+        return every * mask.sum().clamp(min=1.0) * steps
+    if trainer.loss_type == "dr_grpo":
+        return every * rows * trainer.max_completion_length * steps
+    if trainer.loss_type == "luspo":
+        return every * rows * steps
+    check_loss_type(trainer)
+    tokens = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
+    return every * (tokens * steps / trainer.args.steps_per_generation if training else tokens)

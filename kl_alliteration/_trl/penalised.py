@@ -1,0 +1,115 @@
+"""What a seam that places a penalty shares, RLOO's and GRPO's: the batch under way, the loss's part, one forward."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import kl
+from .scoring import Scored
+from .seam import Seam, unknown_order
+
+
+@dataclass
+class Batch:
+    """A generation batch, while it is made, and what its loss needs of it."""
+
+    under_way: bool = True
+    scored: list[Scored] = field(default_factory=list)  # in the order in which TRL asked
+    asked: tuple | None = None  # the arguments and the options of that, where they are needed again
+    own_tokens: list | None = None  # masks of the completions' tokens: 0 where a tool wrote
+    rollout: kl.Rollout | None = None
+    rewards: torch.Tensor | None = None  # (B of all processes, functions)
+    penalty: torch.Tensor | None = None  # (B,), what beta is multiplied with in the reward
+    ref_head: kl.LMHead | None = None
+    graph: Scored | None = None  # the policy's score with its graph, for a loss that uses it
+    estimates: dict = field(default_factory=dict)  # and the full-vocabulary estimates that were made of it
+
+
+@dataclass
+class LossPass:
+    """One micro-batch's loss under way: its rows of the batch, and the policy's score."""
+
+    rows: torch.Tensor | None
+    scored: Scored | None = None
+
+
+class PenaltySeam(Seam):
+    """A seam with a place for a [`~penalty.KLPenalty`]."""
+
+    def __init__(self, trainer):
+        super().__init__(trainer)
+        self.one_forward = False  # the loss uses the policy's scoring pass and its graph
+        self.batch: Batch | None = None
+        self.loss_pass: LossPass | None = None
+
+    def use_penalty(self, penalty) -> None:
+        self.check_reference()
+        if penalty.full_vocabulary:
+            self.scorer.need_hidden_states(with_gradient=penalty.in_loss)
+        self.penalty = penalty
+
+    @property
+    def last_penalty(self) -> torch.Tensor | None:
+        return None if self.batch is None else self.batch.penalty
+
+    def use_one_forward(self) -> bool:
+        """Let the loss use the policy's scoring pass and its graph; `False` where a batch is not one update.
+
+        On policy the loss's forward pass repeats the scoring pass. It has to be made anew after an update
+        (`num_iterations`, `steps_per_generation`), under gradient checkpointing, which it would defeat, with a
+        load-balancing loss, on several processes, and with a head that PEFT freezes while the adapter is off.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        self.one_forward = (
+            trainer.num_iterations == 1
+            and args.steps_per_generation == 1
+            and trainer.accelerator.num_processes == 1
+            and not args.gradient_checkpointing
+            and not trainer.aux_loss_enabled
+            and not self.scorer.head_of_peft
+        )
+        return self.one_forward
+
+    @property
+    def in_loss(self) -> bool:
+        return self.penalty is not None and self.penalty.in_loss
+
+    def _keep_for_loss(self, output: dict) -> None:
+        """What the loss needs of the batch goes among that which TRL shuffles and splits."""
+        batch = self.batch
+        if batch.graph is not None:
+            ids = output["completion_ids"]
+            output["kl_row"] = torch.arange(len(ids), device=ids.device)
+        if batch.rollout is not None and self.in_loss:
+            output["kl_ref_logps"] = batch.rollout.ref_logps
+            if batch.rollout.hidden is not None:
+                output["kl_ref_hidden"] = batch.rollout.hidden.reference
+
+    def _score_for_loss(self, model, *asked, **kwargs) -> Scored:
+        """The generation batch's own score with its graph, where it was kept, in the loss's shuffled order."""
+        rows, batch = self.loss_pass.rows, self.batch
+        if rows is None or batch.graph is None:
+            return self.scorer.score(model, *asked, **kwargs)
+        kept, batch.graph = batch.graph, None
+        states = None if kept.states is None else kept.states[rows]
+        results = kept.results[0][rows], kept.results[1][rows], None
+        return Scored(kept.logps[rows] if self.scorer.own_head else results[0], results, states, kept.head)
+
+    def _penalty_of_loss(self, loss_pass: LossPass, inputs, mask, old_logps: torch.Tensor | None) -> torch.Tensor:
+        """(B,) penalties of a micro-batch, with their gradient.
+
+        Completions of an earlier policy (`num_iterations` > 1), whose log-probabilities (B,) were `old_logps`, are
+        weighted to the present one, within the clip range.
+        """
+        scored, rows = loss_pass.scored, loss_pass.rows
+        if scored is None or "kl_ref_logps" not in inputs:
+            raise unknown_order("computed a loss without log-probabilities of its batch")
+        estimates, self.batch.estimates = self.batch.estimates, {}
+        known = {key: values[rows] for key, values in estimates.items()}
+        hidden = scored.with_reference(inputs.get("kl_ref_hidden"), self.batch.ref_head)
+        logps = scored.logps, inputs["kl_ref_logps"]
+        penalty = self.penalty(kl.Rollout(*logps, inputs["completion_ids"], mask, hidden, known))
+        if old_logps is None:
+            return penalty
+        ratio = ((scored.results[0].detach() * mask).sum(1) - old_logps).exp()
+        return ratio.clamp(1 - self.trainer.epsilon_low, 1 + self.trainer.epsilon_high) * penalty
