@@ -16,7 +16,7 @@ from transformers import (
     ProgressCallback,
 )
 from transformers.utils import logging
-from trl import RLOOConfig, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from kl_alliteration import alliteration_reward
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
@@ -24,8 +24,8 @@ from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 TOKENS = 100
 
 
-def make_trainer(folder: str = str(MODEL_PATH), peft_config=None, prompt: str = PROMPT, **options) -> RLOOTrainer:
-    """A stock trainer on the recipe's task, groups of 10, silent; `options` are RLOOConfig's."""
+def make_trainer(folder: str = str(MODEL_PATH), peft_config=None, prompt: str = PROMPT, grpo: bool = False, **options):
+    """A stock trainer, RLOO or GRPO, on the recipe's task, groups of 10, silent; `options` are its configuration's."""
     defaults = {
         "output_dir": tempfile.mkdtemp(),
         "num_generations": 10,
@@ -38,10 +38,11 @@ def make_trainer(folder: str = str(MODEL_PATH), peft_config=None, prompt: str = 
         "bf16": torch.cuda.is_available(),
         "logging_steps": 1000,
     }
-    trainer = RLOOTrainer(
+    make, configure = (GRPOTrainer, GRPOConfig) if grpo else (RLOOTrainer, RLOOConfig)
+    trainer = make(
         model=folder,
         reward_funcs=alliteration_reward,
-        args=RLOOConfig(**defaults | options),
+        args=configure(**defaults | options),
         train_dataset=Dataset.from_dict({"prompt": [prompt] * 10_000}),
         peft_config=peft_config,
     )

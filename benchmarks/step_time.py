@@ -1,8 +1,10 @@
 """What a KL choice costs: time of a training step against stock TRL, in turns in one process.
 
     python benchmarks/step_time.py [--rounds 5] [--steps 5]
+    python benchmarks/step_time.py --grpo [--model models/smollm2-135m-instruct --lora]
 
 Embedded model, batch 40 in groups of 10, 100 new tokens, learning rate 0, so that all train on the same completions.
+With `--grpo` it is stock GRPO, and beside it the same with fast sampling and shared prompts, under three penalties.
 Each round trains every variant for `--steps` steps after one that is not counted, in another order. Prints a Markdown
 table of medians over all steps, relative to the stock trainer's, with the quartiles of the rounds' own ratios.
 """
@@ -16,7 +18,15 @@ import torch
 from common import device, make_trainer, quiet
 from transformers import TrainerCallback
 
-from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback
+from kl_alliteration import (
+    KLMonitorCallback,
+    KLPenalty,
+    KLPenaltyCallback,
+    default_lora_config,
+    share_prompts,
+    use_fast_sampling,
+)
+from kl_alliteration.story_lm import MODEL_PATH
 
 VARIANTS = {
     "stock": None,
@@ -29,6 +39,12 @@ VARIANTS = {
     "exact in both": KLPenalty("exact", "both"),
     "top_k in both": KLPenalty("top_k", "both"),
     "stock, monitored": "monitored",
+}
+GRPO = {
+    "stock": None,
+    "fast, its own k3": KLPenalty("k3", "loss"),
+    "fast, k1 in reward": KLPenalty("k1"),
+    "fast, exact in both": KLPenalty("exact", "both"),
 }
 
 
@@ -45,12 +61,16 @@ class StepTimes(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def train(variant: KLPenalty | str | None, steps: int) -> list[float]:
-    trainer = make_trainer(beta=0.25, max_steps=steps + 1)
+def train(variant: KLPenalty | str | None, steps: int, grpo: bool, model: str, lora: bool) -> list[float]:
+    adapter = default_lora_config() if lora else None
+    trainer = make_trainer(model, adapter, grpo=grpo, beta=0.25, max_steps=steps + 1)
     if variant == "monitored":
         trainer.add_callback(KLMonitorCallback(trainer))
     elif variant:
         KLPenaltyCallback(trainer, variant)
+    if grpo and variant:
+        share_prompts(trainer)
+        use_fast_sampling(trainer)
     times = StepTimes()
     trainer.add_callback(times)
     trainer.train()
@@ -61,19 +81,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--grpo", action="store_true", help="GRPO, with and without fast sampling")
+    parser.add_argument("--model", default=str(MODEL_PATH), help="a folder or a Hub id")
+    parser.add_argument("--lora", action="store_true", help="train an adapter")
     args = parser.parse_args()
     quiet()
-    seconds = {name: [] for name in VARIANTS}
+    variants = GRPO if args.grpo else VARIANTS
+    seconds = {name: [] for name in variants}
     for round_ in range(args.rounds):
-        names = list(VARIANTS)
+        names = list(variants)
         random.Random(round_).shuffle(names)
         for name in names:
-            seconds[name].append(train(VARIANTS[name], args.steps))
+            seconds[name].append(train(variants[name], args.steps, args.grpo, args.model, args.lora))
     medians = {name: [statistics.median(steps) for steps in rounds] for name, rounds in seconds.items()}
     whole = {name: statistics.median(sum(rounds, [])) for name, rounds in seconds.items()}
     print(f"{device()}; {args.rounds * args.steps} steps each; stock step {whole['stock']:.2f} s\n")
     print("| | step time / stock | quartiles of rounds |\n|---|---|---|")
-    for name in VARIANTS:
+    for name in variants:
         ratios = [mine / stock for mine, stock in zip(medians[name], medians["stock"], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         print(f"| {name} | {whole[name] / whole['stock']:.3f} | {low:.3f} to {high:.3f} |")

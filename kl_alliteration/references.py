@@ -9,17 +9,24 @@ from ._trl import seam_of
 from .adapters import ADAPTER, REFERENCE, check_trains
 
 
-def use_loaded_reference(trainer) -> None:
-    """Measure the KL from a second model, loaded from the path of the first, and not from the adapter off.
+def use_loaded_reference(trainer, model_name_or_path: str | None = None) -> None:
+    """Measure the KL from a second model that is loaded for it, frozen.
 
-    For adapters that leave something in the base when they are off: PiSSA and its like, trained biases. It costs the
-    memory of a second model. Call it before any callback.
+    By default from the path of the first, and not from the adapter off: for adapters that leave something in the base
+    when they are off, PiSSA and its like, trained biases. Or from any model with the same tokens, a teacher or an
+    earlier release, with an adapter or without. It costs the memory of a second model. Call it before any callback.
 
     Args:
-        trainer ([`~trl.RLOOTrainer`] or [`~trl.GRPOTrainer`]): The trainer, stock. GRPO needs a `KLPenaltyCallback`
-            too: its own penalty would still take the adapter off.
+        trainer ([`~trl.RLOOTrainer`] or [`~trl.GRPOTrainer`]): The trainer, stock, its `beta` not 0. GRPO with an
+            adapter needs a `KLPenaltyCallback` too: its own penalty would still take the adapter off.
+        model_name_or_path (`str`, *optional*): A Hub id or a folder.
+
+    Raises:
+        `ValueError`: for a model with other tokens; where TRL moves the reference by itself (`sync_ref_model`).
     """
-    seam_of(trainer).use_loaded_reference()
+    if trainer.args.sync_ref_model:
+        raise ValueError("sync_ref_model moves the reference to the policy: it goes with none that is loaded")
+    seam_of(trainer).use_loaded_reference(model_name_or_path)
 
 
 class ReferenceCallback(TrainerCallback):

@@ -1,6 +1,7 @@
 """What the studies share: which seeds, where the runs go, and bringing them to their end."""
 
 import argparse
+import statistics
 import warnings
 from pathlib import Path
 
@@ -31,3 +32,11 @@ def run_groups(groups: dict[str, list[Run]], args: argparse.Namespace) -> dict[s
     if run_all([run for group in groups.values() for run in group], args.folder, config, args.at_a_time):
         raise SystemExit(1)
     return {name: [args.folder / run.name for run in group] for name, group in groups.items()}
+
+
+def spread(values: list[float]) -> str:
+    """The mean, and the range where there are several; a dash where there is none."""
+    if not values:
+        return "-"
+    around = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{around}"

@@ -14,7 +14,7 @@ import random
 import statistics
 
 import torch
-from common import quiet, run_groups, runs_parser
+from common import quiet, run_groups, runs_parser, spread
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from kl_alliteration.lab.runs import read_metrics, read_summary
@@ -103,12 +103,6 @@ def main():
             f"{spread(distinct)}, {before['distinct_2']:.2f}",
         ]
         print(f"| {name.replace('_', ' ')} | {target} | {' | '.join(cells)} |")
-
-
-def spread(values: list[float]) -> str:
-    """The mean, and the range where there are several."""
-    around = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{around}"
 
 
 if __name__ == "__main__":

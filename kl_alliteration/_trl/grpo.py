@@ -50,9 +50,9 @@ class GRPOSeam(PenaltySeam):
         super().use_penalty(penalty)
         self.scorer.places = not self.is_stock
 
-    def use_loaded_reference(self) -> None:
-        super().use_loaded_reference()
-        self.scorer.places = True
+    def use_loaded_reference(self, path: str | None = None) -> None:
+        super().use_loaded_reference(path)
+        self.scorer.places = self.scorer.own_reference is not None
 
     @property
     def is_stock(self) -> bool:

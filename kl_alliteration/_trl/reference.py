@@ -1,6 +1,7 @@
 """The reference: loaded as TRL loads its own, or a model with its adapter off, where that is the base."""
 
 from peft import PeftModel
+from transformers import AutoTokenizer
 from trl.trainer.utils import (
     add_fused_lm_head,
     create_model_from_path,
@@ -12,14 +13,34 @@ from trl.trainer.utils import (
 KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def load_reference(trainer, model):
-    """A second model from the path of `model`, a causal language model, ready to score."""
+def load_reference(trainer, model, path: str | None = None):
+    """A second model, ready to score: from the path of `model`, a causal language model, or from another one.
+
+    Raises:
+        `ValueError`: where another one has other tokens, so that no token's probabilities could be compared.
+    """
     kwargs = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
-    path, options = get_config_model_id(model.config), trainer.args.model_init_kwargs or {}
-    reference = create_model_from_path(path, **options | kwargs)
+    options = trainer.args.model_init_kwargs or {}
+    if path is not None:
+        check_tokens(trainer, path)
+    reference = create_model_from_path(path or get_config_model_id(model.config), **options | kwargs)
+    sizes = [each.get_output_embeddings().weight.shape[0] for each in (model, reference)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"kl_reference: {path} has a vocabulary of {sizes[1]}, the policy one of {sizes[0]}")
     disable_dropout_in_model(reference)
     add_fused_lm_head(reference, temperature=trainer.temperature)
     return trainer.accelerator.prepare_model(reference, evaluation_mode=True)
+
+
+def check_tokens(trainer, path: str) -> None:
+    ours = getattr(trainer.processing_class, "tokenizer", trainer.processing_class).get_vocab()
+    theirs = AutoTokenizer.from_pretrained(path).get_vocab()
+    other = [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]
+    if other:
+        raise ValueError(
+            f"kl_reference: the tokens of {path} are not the policy's: {len(other)} differ, such as {min(other)!r}; a "
+            "KL needs one tokenizer"
+        )
 
 
 def why_off_is_not_the_base(model: PeftModel) -> str | None:

@@ -90,9 +90,13 @@ class Scorer:
         if self.trainer.beta == 0 and self.trainer.ref_model is None and not self.has_free_reference:
             self.load_reference()
 
-    def load_reference(self) -> None:
-        """A second model, from the path of the first: the reference from here on."""
-        self.own_reference = load_reference(self.trainer, self._causal_lm(self.trainer.model))
+    def load_reference(self, path: str | None = None) -> None:
+        """A second model, from the path of the first or from another: the reference from here on."""
+        reference = load_reference(self.trainer, self._causal_lm(self.trainer.model), path)
+        if self.trainer.ref_model is not None:
+            self.trainer.ref_model = reference
+        else:
+            self.own_reference = reference
         if self._hooked:
             self.need_hidden_states()
         if self._shared is not None:

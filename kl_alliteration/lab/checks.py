@@ -104,11 +104,20 @@ def check_pair_options(args: PairArguments) -> None:
 
 
 def check_adapter_options(args: OnlineArguments, training_args, model_args) -> None:
-    kl.check_choice("kl_reference", args.kl_reference, REFERENCES)
+    named = args.kl_reference not in REFERENCES  # another model
+    if named and "/" not in args.kl_reference and not Path(args.kl_reference).exists():
+        raise ValueError(
+            f"kl_reference must be one of {', '.join(REFERENCES)}, or a model: a folder, a .gguf file or a Hub id, "
+            f"user/model; got {args.kl_reference!r}"
+        )
+    if named:
+        check_model_path("kl_reference", args.kl_reference)
+    if named and training_args.beta == 0:
+        raise ValueError("beta must not be 0 with a kl_reference that is a model: nothing would be measured from it")
     adapted = model_args.use_peft or args.adapter_name_or_path
     if model_args.use_peft:
         check_targets(model_args.lora_target_modules)
-    if args.kl_reference != "start" and not adapted:
+    if args.kl_reference != "start" and not named and not adapted:
         raise ValueError(f"kl_reference {args.kl_reference!r} needs an adapter: --use_peft or --adapter_name_or_path")
     if args.kl_reference == "base" and model_args.use_peft and args.adapter_name_or_path:
         raise ValueError("kl_reference 'base': under a stack the base is gone, the first adapter is merged into it")
@@ -120,6 +129,8 @@ def check_adapter_options(args: OnlineArguments, training_args, model_args) -> N
         raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {training_args.ref_model_mixup_alpha}")
     if args.kl_reference in ("moving_average", "reset") and training_args.ref_model_sync_steps < 1:
         raise ValueError(f"ref_model_sync_steps must be >= 1, got {training_args.ref_model_sync_steps}")
+    if training_args.sync_ref_model and named:
+        raise ValueError("sync_ref_model moves the reference to the policy: it goes with no kl_reference of its own")
     if training_args.sync_ref_model and adapted:
         raise ValueError("sync_ref_model is for whole models; with an adapter it is --kl_reference moving_average")
 

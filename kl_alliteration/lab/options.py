@@ -103,7 +103,8 @@ class OnlineArguments(StoryArguments):
     kl_reference: str = field(
         default="start",
         metadata={
-            "help": "What the KL of an adapter is measured from: `start`, the model one starts from; `base`, adapter "
+            "help": "What the KL is measured from: `start`, the model one starts from, or another model with its "
+            "tokens, a folder or a Hub id. With an adapter also `base`, adapter "
             "off; `loaded`, the base as a second model, for adapters such as PiSSA whose off is not the base; "
             "`moving_average` (--ref_model_mixup_alpha, --ref_model_sync_steps); `reset` to the policy every "
             "--ref_model_sync_steps, or beyond --reset_at_kl."

@@ -93,7 +93,9 @@ def check_target(args, training_args) -> None:
         raise ValueError("target_kl_per_sequence sets the budget: leave kl_budget_per_token out, or make it `none`")
     if args.penalty.reduction != "sum":
         raise ValueError(f"target_kl_per_sequence needs kl_reduction 'sum', got {args.penalty.reduction!r}")
-    if args.kl_reference in ("moving_average", "reset"):
-        raise ValueError(f"target_kl_per_sequence needs a reference that stays, not kl_reference {args.kl_reference}")
+    if args.kl_reference not in ("start", "base", "loaded"):
+        raise ValueError(
+            f"target_kl_per_sequence needs a reference that the run begins at, got kl_reference {args.kl_reference!r}"
+        )
     if args.adapter_name_or_path and args.kl_reference != "start":
         raise ValueError("target_kl_per_sequence begins at the reference: an adapter goes on with kl_reference start")

@@ -37,10 +37,11 @@ from .base_samples import base_samples
 from .checked_rewards import load_rewards
 from .figures import plot_curves
 from .frontier import EfficiencyCallback, efficiency_of, read_base_rewards
+from .gguf import as_folder
 from .hub import push, write_card
 from .inputs import check_lengths, load_held_out, load_policy, load_prompts, load_tokenizer, share_template_options
 from .judging import judge_policy
-from .options import CONTROLLERS, LATEST, OnlineArguments, PairArguments, StoryArguments
+from .options import CONTROLLERS, LATEST, REFERENCES, OnlineArguments, PairArguments, StoryArguments
 from .pages import quoted
 from .parser import RecipeParser, say, write_recipe
 from .plot_labels import plots_of
@@ -70,6 +71,8 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
     steps = trainer.args.ref_model_sync_steps
     if args.kl_reference == "loaded":
         use_loaded_reference(trainer)
+    elif args.kl_reference not in REFERENCES:
+        use_loaded_reference(trainer, as_folder(args.kl_reference))
     elif args.kl_reference == "moving_average":
         trainer.add_callback(MovingAverageReferenceCallback(trainer, trainer.args.ref_model_mixup_alpha, steps))
     elif args.kl_reference == "reset":
