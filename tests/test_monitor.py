@@ -154,6 +154,10 @@ def test_half_the_batch_on_each_of_two_processes_learns_as_one(two_processes, ti
     assert alone.mean() > torch.tensor(two_processes["rewards"][:3]).mean()
 
 
+def test_a_group_of_grpo_on_two_processes_is_charged_as_one(two_processes):
+    assert two_processes["grpo"] is True
+
+
 def test_the_exact_kl_reads_a_head_that_fsdp2_shards(two_processes):
     assert two_processes["sharded"] is True
 

@@ -20,6 +20,7 @@ from trl import ModelConfig, RLOOConfig, RLOOTrainer
 from kl_alliteration.adapters import load_adapter
 from kl_alliteration.kl import KLWarning
 from kl_alliteration.lab.options import OnlineArguments
+from kl_alliteration.lab.plot_labels import main as count_plots
 from kl_alliteration.lab.parser import RecipeParser, parse_recipe, write_recipe
 from kl_alliteration.lab.sweep import end_orphan
 from kl_alliteration.rewards.reward_model import AlliterationRewardModel
@@ -225,7 +226,7 @@ def test_a_target_takes_the_place_of_a_file_s_budget_and_beta(tmp_path, tiny_mod
     assert first["kl/beta"] == pytest.approx(200 * first["kl/price"], rel=1e-4)  # 4 of what 0.02 is charged of
 
 
-def test_plots_are_counted_by_skeletons_and_by_clusters(tmp_path, tiny_model):
+def test_plots_are_counted_by_skeletons_and_by_clusters(tmp_path, tiny_model, monkeypatch, capsys):
     options = "--plot_price", "2", "--base_samples", "150", "--logging_steps", "1", *SMALL
     shown = run(RECIPE, "--output_dir", "embedded", *options, cwd=tmp_path).stdout
     assert "effective_plots" in shown and "kl_of_plots" in shown
@@ -237,6 +238,11 @@ def test_plots_are_counted_by_skeletons_and_by_clusters(tmp_path, tiny_model):
         summary = json.loads((tmp_path / name / "summary.json").read_text())
         assert summary["before"]["effective_plots"] >= 1 and 0 < summary["after"]["most_told_share"] <= 1
         assert "rewards/plot_penalty/mean" in first
+        monkeypatch.setattr("sys.argv", ["plot_labels", str(tmp_path / name)])
+        count_plots()
+        row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")]
+        assert row[1] == name and float(row[3]) == pytest.approx(summary["after"]["kl_of_plots"], abs=0.006)
+        assert float(row[2]) == pytest.approx(float(row[3]) + float(row[4]), abs=0.011)
 
 
 def test_conversational_prompts(tmp_path, tiny_model):

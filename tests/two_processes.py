@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
-from trl import RLOOConfig, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from kl_alliteration import KLControlCallback, KLMonitorCallback, KLPenalty, KLPenaltyCallback, kl, share_prompts
 from kl_alliteration.control import LogPIRule
@@ -100,8 +100,38 @@ def sharded_exact_kl(folder: str) -> bool:
     return torch.allclose(values[0], values[1], atol=1e-6) and values[0].abs().max().item() > 1e-3
 
 
+def grpo_with_a_penalty(folder: str) -> bool:
+    """Advantages of one group whose two halves are on two processes: of both's penalties, mean and spread."""
+    trainer = GRPOTrainer(
+        model=folder,
+        reward_funcs=reward,
+        args=GRPOConfig(
+            **TINY_RUN
+            | {"output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": 4, "beta": 0.3, "num_generations": 8}
+        ),  # fmt: skip
+        train_dataset=Dataset.from_dict({"prompt": ["once upon a time"] * 24}),
+    )
+    KLPenaltyCallback(trainer, KLPenalty("exact", "both"))
+    seam, seen, generate = trainer._kl_alliteration_seam, [], trainer._generate_and_score_completions
+
+    def spy(inputs):
+        output = generate(inputs)
+        spent = trainer.accelerator.gather(seam.last_penalty)
+        charged = seam.batch.rewards[:, 0] - 0.3 * spent
+        expected = (charged - charged.mean()) / (charged.std() + 1e-4)
+        here = slice(4 * trainer.accelerator.process_index, 4 * trainer.accelerator.process_index + 4)
+        near = torch.allclose(output["advantages"], expected[here], atol=1e-4)
+        scale = torch.allclose(output["kl_scale"], 1 / (charged.std() + 1e-4).expand(4), rtol=1e-4)
+        seen.append((near and scale, spent.mean().item()))
+        return output
+
+    trainer._generate_and_score_completions = spy
+    trainer.train()
+    return len(seen) == 3 and all(good for good, _ in seen) and seen[-1][1] > 1e-4
+
+
 def main(folder: str) -> None:
-    found = {}
+    found = {"grpo": grpo_with_a_penalty(folder)}
     trainer, seen = controlled(folder, per_device=8)
     ranks = gather_object([seen.steps])
     found["sharded"] = sharded_exact_kl(folder)
