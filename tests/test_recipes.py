@@ -20,8 +20,8 @@ from trl import ModelConfig, RLOOConfig, RLOOTrainer
 from kl_alliteration.adapters import load_adapter
 from kl_alliteration.kl import KLWarning
 from kl_alliteration.lab.options import OnlineArguments
-from kl_alliteration.lab.plot_labels import main as count_plots
 from kl_alliteration.lab.parser import RecipeParser, parse_recipe, write_recipe
+from kl_alliteration.lab.plot_labels import main as count_plots
 from kl_alliteration.lab.sweep import end_orphan
 from kl_alliteration.rewards.reward_model import AlliterationRewardModel
 from kl_alliteration.story_lm import MODEL_PATH
