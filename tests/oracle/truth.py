@@ -128,9 +128,9 @@ class Oracle:
             self.differ("logged", logged, (truth[name] * mask).sum() / counted)
         self.exact_per_token = max(self.exact_per_token, ((truth["exact"] * mask).sum() / counted).item())
         if self.penalty is not None:
-            if trainer.beta != 0:
+            if trainer.beta != 0 and metrics["kl"]:  # which GRPO logs with its loss
                 self.differ("logged", metrics["kl"][-1], (truth["k1"] * mask).sum() / counted)
-            self.differ("advantages", output["advantages"], self.advantages(log_p, log_q, ids, mask))
+            self.differ("advantages", output["advantages"], self.advantages(output, log_p, log_q, ids, mask))
         return output
 
     def texts(self, output) -> torch.Tensor:
@@ -140,7 +140,7 @@ class Oracle:
         mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
         return self.texts(output), mask, output["completion_ids"].shape[1]
 
-    def advantages(self, log_p, log_q, ids, mask) -> torch.Tensor:
+    def advantages(self, output, log_p, log_q, ids, mask) -> torch.Tensor:
         trainer, rewards = self.trainer, self.rewards[-1]
         total = (rewards * trainer.reward_weights).nansum(1)
         if trainer.reward_clip_range:
@@ -157,6 +157,18 @@ class Oracle:
         if trainer.normalize_advantages:
             found = (found - found.nanmean()) / (nanstd(found) + 1e-4)
         return found.nan_to_num(nan=0.0)
+
+    def penalty_in_loss(self, log_p, log_q, inputs, mask) -> torch.Tensor:
+        """(B,), each completion weighted from the policy that sampled it to the present one."""
+        logps, old = sampled(log_p, inputs["completion_ids"]), self.old_logps(inputs, mask)
+        ratio = torch.ones_like(mask[:, 0], dtype=torch.float32)
+        if old is not None:
+            ratio = ((logps.detach() * mask).sum(1) - old).exp()
+        clipped = ratio.clamp(1 - self.trainer.epsilon_low, 1 + self.trainer.epsilon_high)
+        return clipped * penalty_of(self.penalty, log_p, log_q, inputs["completion_ids"], mask)
+
+    def old_logps(self, inputs, mask) -> torch.Tensor | None:
+        return inputs["old_logps"]
 
     def compute_loss(self, model, inputs):
         loss, trainer = self.stock[1](model, inputs), self.trainer
@@ -175,8 +187,7 @@ class Oracle:
         clipped = ratio.clamp(1 - trainer.epsilon_low, 1 + trainer.epsilon_high)
         truth = -torch.min(ratio * inputs["advantages"], clipped * inputs["advantages"]).mean()
         if self.penalty.in_loss and trainer.beta != 0:
-            penalty = penalty_of(self.penalty, log_p, log_q, ids, mask)
-            truth = truth + trainer.beta * (clipped.detach() * penalty).mean()
+            truth = truth + trainer.beta * self.penalty_in_loss(log_p, log_q, inputs, mask).mean()
         if router:
             truth = truth + trainer.router_aux_loss_coef * aux
         self.differ("loss", loss.detach(), truth.detach())
@@ -193,3 +204,73 @@ class Oracle:
             flat.append(torch.cat([g.flatten().float() for g in whole]))
         off = (flat[0] - flat[1]).norm() / flat[1].norm().clamp(min=1e-6)
         self.worst["gradient"] = max(self.worst.get("gradient", 0.0), off.nan_to_num(nan=torch.inf).item())
+
+
+class GRPOOracle(Oracle):
+    """The same of a stock `GRPOTrainer` whose penalty is another than its own."""
+
+    def __init__(self, trainer, penalty):
+        super().__init__(trainer, penalty)
+        self.scales = {}  # of a completion, what its group's spread divides the penalty in the loss by
+
+    def advantages(self, output, log_p, log_q, ids, mask) -> torch.Tensor:
+        trainer = self.trainer
+        rewards = self.rewards[-1][:, : len(trainer.reward_funcs)]
+        total = (rewards * trainer.reward_weights).nansum(1).masked_fill(rewards.isnan().all(1), torch.nan)
+        if self.penalty.in_reward:
+            total = total - trainer.beta * penalty_of(self.penalty, log_p, log_q, ids, mask)
+        groups = total.view(-1, trainer.num_generations)
+        found = groups - groups.nanmean(1, keepdim=True)
+        spread = nanstd(groups, dim=1)[:, None].expand_as(groups) if trainer.scale_rewards == "group" else None
+        spread = nanstd(total).expand_as(groups) if trainer.scale_rewards == "batch" else spread
+        divisor = torch.ones_like(groups) if spread is None else spread + 1e-4
+        self.scales |= {
+            tuple(row.tolist()): each for row, each in zip(self.texts(output), divisor.flatten().tolist(), strict=True)
+        }
+        return (found / divisor).flatten().nan_to_num(nan=0.0)
+
+    def old_logps(self, inputs, mask) -> torch.Tensor | None:
+        old = inputs.get("old_per_token_logps")
+        return None if old is None else (old * mask).sum(1)
+
+    def reduced(self, per_token, mask, inputs) -> torch.Tensor:
+        """TRL's mean of (B, T) values, by its `loss_type`."""
+        trainer, total = self.trainer, (per_token * mask).sum(-1)
+        steps, kind = trainer.current_gradient_accumulation_steps, trainer.loss_type
+        if kind == "grpo":
+            return (total / mask.sum(-1).clamp(min=1)).mean() / steps
+        if kind == "bnpo":
+            return total.sum() / mask.sum().clamp(min=1) / steps
+        if kind == "dr_grpo":
+            return total.mean() / trainer.max_completion_length / steps
+        if kind == "luspo":
+            return total.mean() / steps
+        return total.sum() / inputs["num_items_in_batch"].clamp(min=1) / steps * trainer.args.steps_per_generation
+
+    def compute_loss(self, model, inputs):
+        loss, trainer = self.stock[1](model, inputs), self.trainer
+        self.counts["losses"] += 1
+        ids, mask = inputs["completion_ids"], inputs["completion_mask"]
+        rows = [tuple(row.tolist()) for row in self.texts(inputs)]
+        log_q, advantages = torch.stack([self.log_q[row] for row in rows]), inputs["advantages"][:, None]
+        log_p = log_probs(model, inputs, trainer.temperature)
+        logps = sampled(log_p, ids)
+        log_ratio = logps - inputs.get("old_per_token_logps", logps.detach())
+        if trainer.importance_sampling_level == "sequence":
+            log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1))[:, None].expand_as(logps)
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - trainer.epsilon_low, 1 + trainer.epsilon_high)
+        truth = self.reduced(-torch.min(ratio * advantages, clipped * advantages), mask, inputs)
+        if self.penalty.in_loss:
+            penalty = self.penalty_in_loss(log_p, log_q, inputs, mask)
+            if self.penalty.in_reward:
+                penalty = penalty / torch.tensor([self.scales[row] for row in rows])
+            spread_out = penalty[:, None] / mask.sum(-1, keepdim=True).clamp(min=1)  # the same on each of its tokens
+            truth = truth + trainer.beta * self.reduced(spread_out.expand_as(logps), mask, inputs)
+        self.differ("loss", loss.detach(), truth.detach())
+        x = (sampled(log_p, ids) - sampled(log_q, ids)).detach()
+        k3 = (((-x).exp() - 1 + x) * mask).sum() / mask.sum().clamp(min=1)
+        self.differ("logged", trainer._metrics["train"]["kl"][-1], k3)
+        if loss.requires_grad:
+            self.compare_gradients(model, loss, truth)
+        return loss
