@@ -164,7 +164,12 @@ class KLTargetCallback(TrainerCallback):
         self.trainer, self.seam, self.ref_rewards = trainer, seam_of(trainer), ref_rewards
         self.price = price_of_target(ref_rewards, kl_per_sequence)
         if self.price.blind:
-            warnings.warn(self.price.in_words(), kl.KLWarning, stacklevel=2)
+            warnings.warn(
+                f"the reference's {self.price.samples} samples show nothing beyond {self.price.kl_per_sequence:.3g} "
+                f"nats: the price of a target of {kl_per_sequence:g} is that of there, and the wall has to hold",
+                kl.KLWarning,
+                stacklevel=2,
+            )
         price = self.price.price
         self.rule = PriceRule(START * price, kl_per_sequence, full=price)
         self.length: float | None = None  # tokens of a completion, smoothed

@@ -8,6 +8,7 @@ import torch
 
 from kl_alliteration import KLPenalty, KLTargetCallback
 from kl_alliteration._trl import seam_of
+from kl_alliteration.kl import KLWarning
 from kl_alliteration.lab.base_samples import base_samples, first_of_each
 from kl_alliteration.target import START, PriceRule, price_of_target
 from kl_alliteration.yardsticks import centred
@@ -40,6 +41,11 @@ def test_where_the_samples_are_blind_it_says_so(target):
     price = price_of_target(rewards, target)
     assert price.blind and 9.9 < price.effective_samples < 11 and price.kl_per_sequence < target
     assert "further they are blind" in price.in_words()
+
+
+def test_a_blind_target_warns(make_trainer):
+    with pytest.warns(KLWarning, match=r"1000 samples show nothing beyond 0.69\d* nats: .* the wall has to hold"):
+        KLTargetCallback(make_trainer(), 3.0, COIN)
 
 
 def test_rewards_and_targets_that_name_no_price():
