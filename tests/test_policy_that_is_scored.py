@@ -224,7 +224,8 @@ def test_an_lm_head_beside_an_adapter_is_seen_as_it_is(trainer_of):
     assert exact.mean() > 1e-2
 
 
-def test_grpo_leaves_out_what_tools_wrote(trainer_of):
+@pytest.mark.parametrize("penalty", [None, KLPenalty("k1"), KLPenalty("exact", "both")], ids=["own", "k1", "exact"])
+def test_grpo_leaves_out_what_tools_wrote(trainer_of, penalty):
     """Of eight tokens the policy wrote the first and the last two; TRL's own k3 counts these alone."""
 
     def rollout(prompts, trainer):
@@ -236,10 +237,15 @@ def test_grpo_leaves_out_what_tools_wrote(trainer_of):
         return {"prompt_ids": ids, "completion_ids": completions, "logprobs": logps, "env_mask": mask}
 
     trainer = trainer_of("llama with biases", GRPOTrainer, GRPOConfig, rollout_func=rollout, max_completion_length=8)
+    if penalty is not None:
+        trainer.add_callback(KLPenaltyCallback(trainer, penalty))
     trainer.add_callback(KLMonitorCallback(trainer))
     seen = rollouts_of(trainer)
     trainer.train()
     assert seen[0].completion_mask.sum(1).tolist() == [4] * 8
+    if penalty is not None:
+        spent = seen[-1].per_token_kl(penalty.estimator)[:, [0, 1, 6, 7]].sum(1)
+        torch.testing.assert_close(seam_of(trainer).last_penalty, spent, atol=1e-5, rtol=1e-5)
     log = trainer.state.log_history[0]
     assert log["kl/k3_per_token"] == pytest.approx(log["kl"], rel=1e-5) and log["kl"] > 1e-2
 

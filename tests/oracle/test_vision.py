@@ -10,7 +10,7 @@ from families import VOCAB, move
 from runs import PROMPTS, WORDS, stock_trainer
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-from truth import Oracle, log_probs
+from truth import GRPOOracle, Oracle, log_probs
 
 from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback
 from kl_alliteration.kl import KLWarning
@@ -77,8 +77,14 @@ def by_length(completions, **kwargs):
     return [float(len(completion[0]["content"].split())) for completion in completions]
 
 
-@pytest.mark.parametrize("kind", [(RLOOTrainer, RLOOConfig), (GRPOTrainer, GRPOConfig)], ids=["rloo", "grpo"])
-def test_the_kl_sees_the_images(llava, kind):
+RLOO, GRPO = (RLOOTrainer, RLOOConfig), (GRPOTrainer, GRPOConfig)
+EXACT = KLPenalty("exact", "both")
+
+
+@pytest.mark.parametrize(
+    ("kind", "penalty"), [(RLOO, EXACT), (GRPO, None), (GRPO, EXACT)], ids=["rloo", "grpo watched", "grpo"]
+)
+def test_the_kl_sees_the_images(llava, kind, penalty):
     rows = [
         {"prompt": [{"role": "user", "content": text}], "image": image}
         for text, image in zip(PROMPTS * 2, pictures() * 2, strict=True)
@@ -87,13 +93,12 @@ def test_the_kl_sees_the_images(llava, kind):
         llava, by_length, *kind, train_dataset=Dataset.from_list(rows), processing_class=processor()
     )
     move(trainer.model)
-    penalty = KLPenalty("exact", "both") if kind[0] is RLOOTrainer else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KLWarning)  # of the temperature
         if penalty is not None:
             trainer.add_callback(KLPenaltyCallback(trainer, penalty))
         trainer.add_callback(KLMonitorCallback(trainer, exact=True))
-        oracle = Oracle(trainer, penalty)
+        oracle = (GRPOOracle if kind is GRPO and penalty is not None else Oracle)(trainer, penalty)
         trainer.train()
     assert oracle.exact_per_token > 0.01 and max(oracle.worst.values()) < 1e-3, oracle.worst
     output = trainer._generate_and_score_completions(rows[:4])
