@@ -9,28 +9,10 @@ takes another file. Into the output directory go the model or adapter, `curves.p
 `summary.json`.
 """
 
-from pathlib import Path
+from trl import RLOOConfig, RLOOTrainer
 
-from trl import ModelConfig, RLOOConfig, RLOOTrainer
-
-from kl_alliteration.lab.checks import check_options
-from kl_alliteration.lab.judging import total_reward
 from kl_alliteration.lab.options import OnlineArguments
-from kl_alliteration.lab.parser import RecipeParser, parse_recipe
-from kl_alliteration.lab.progress import clear_screen_of_libraries
-from kl_alliteration.lab.run import build_trainer, run_recipe
-from kl_alliteration.lab.survival import one_line_errors
-
-
-@one_line_errors
-def main():
-    parser = RecipeParser((OnlineArguments, RLOOConfig, ModelConfig), defaults=Path(__file__).with_suffix(".yaml"))
-    args, training_args, model_args = parse_recipe(parser)
-    check_options(args, training_args, model_args)
-    clear_screen_of_libraries()
-    trainer = build_trainer(RLOOTrainer, args, training_args, model_args)
-    run_recipe(trainer, args, model_args, parser, total_reward(trainer))
-
+from kl_alliteration.lab.run import train_online
 
 if __name__ == "__main__":
-    main()
+    train_online(RLOOTrainer, OnlineArguments, RLOOConfig, __file__)

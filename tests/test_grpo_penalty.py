@@ -269,6 +269,20 @@ def test_fast_sampling_takes_one_forward(make_grpo):  # noqa: F811
     assert all(math.isfinite(e["loss"]) for e in trainer.state.log_history if "loss" in e)
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_an_evaluation_is_charged_by_its_own_groups(make_grpo, size):  # noqa: F811
+    trainer = make_grpo(max_steps=2, num_generations_eval=size, per_device_eval_batch_size=4)
+    trainer.eval_dataset = Dataset.from_dict({"prompt": ["once upon a time", "there was a"] * 2})
+    trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("exact", "both")))
+    trainer.train()
+    found = trainer.evaluate()
+    charged = seam_of(trainer).batch.rewards[:, 0] - trainer.beta * seam_of(trainer).last_penalty
+    spread = charged.view(-1, size).std(dim=1).repeat_interleave(size) + 1e-4
+    advantages = (charged - charged.view(-1, size).mean(1).repeat_interleave(size)) / spread
+    assert list(trainer._logs["advantages"])[-4:] == pytest.approx(advantages.tolist(), abs=1e-4)
+    assert math.isfinite(found["eval_loss"]) and found["eval_kl"] > 0
+
+
 def test_tokens_of_tools_cost_nothing(enumerated):
     """The first of two tokens is a tool's: what is left is the KL at the second, in the reward and in the loss."""
     trainer = enumerated(tool_mask=[[0, 1]] * len(FIXED), loss_type="luspo")

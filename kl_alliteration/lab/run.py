@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import ProgressCallback
+from trl import ModelConfig
 
 from .._trl import seam_of
 from ..adapters import REFERENCE, check_trains, name_base, save_stacked
@@ -35,17 +36,18 @@ from ..shared_prompts import share_prompts
 from ..target import KLTargetCallback
 from .base_samples import base_samples
 from .checked_rewards import load_rewards
+from .checks import check_options
 from .figures import plot_curves
 from .frontier import EfficiencyCallback, efficiency_of, read_base_rewards
 from .gguf import as_folder
 from .hub import push, write_card
 from .inputs import check_lengths, load_held_out, load_policy, load_prompts, load_tokenizer, share_template_options
-from .judging import judge_policy
+from .judging import judge_policy, total_reward
 from .options import CONTROLLERS, LATEST, REFERENCES, OnlineArguments, PairArguments, StoryArguments
 from .pages import quoted
-from .parser import RecipeParser, say, write_recipe
+from .parser import RecipeParser, parse_recipe, say, write_recipe
 from .plot_labels import plots_of
-from .progress import MetricsFileCallback, StoryProgressCallback, StoryTableCallback, shown
+from .progress import MetricsFileCallback, StoryProgressCallback, StoryTableCallback, clear_screen_of_libraries, shown
 from .runs import (
     STORIES,
     as_json,
@@ -57,7 +59,7 @@ from .runs import (
     remove_ours,
     write_record,
 )
-from .survival import stop_beyond, train_or_say_why
+from .survival import one_line_errors, stop_beyond, train_or_say_why
 
 PLOTS = ("effective_plots", "most_told_share", "kl_of_plots")
 
@@ -310,3 +312,20 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
     trainer.accelerator.end_training()
     if not pushed:
         sys.exit(1)
+
+
+@one_line_errors
+def train_online(trainer_class, arguments: type, config: type, recipe: str) -> None:
+    """A recipe that samples, from its command line to its last file; its YAML of defaults stands beside it.
+
+    Args:
+        trainer_class, config (`type`): `RLOOTrainer` or `GRPOTrainer`, and its configuration.
+        arguments (`type`): [`~lab.options.OnlineArguments`], or what derives from it.
+        recipe (`str`): The recipe's own path.
+    """
+    parser = RecipeParser((arguments, config, ModelConfig), defaults=Path(recipe).with_suffix(".yaml"))
+    args, training_args, model_args = parse_recipe(parser)
+    check_options(args, training_args, model_args)
+    clear_screen_of_libraries()
+    trainer = build_trainer(trainer_class, args, training_args, model_args)
+    run_recipe(trainer, args, model_args, parser, total_reward(trainer))
