@@ -232,6 +232,7 @@ class Rollout:
     known: dict = field(default_factory=dict)  # full-vocabulary estimates that were asked for already
     graphs: dict | None = None  # and the same with their graph, where the loss will ask again
     base_logps: torch.Tensor | None = None  # of the base, adapter off, where the reference is another adapter
+    sampler_logps: torch.Tensor | None = None  # by what sampled them, where that is another engine; warped as it warps
 
     @property
     def ref_log_ratio(self) -> torch.Tensor:

@@ -16,7 +16,9 @@ class KLMonitorCallback(TrainerCallback):
     over the sum of the penalty's and the reward's; with a budget `kl/budget_use`, KL over budget, and
     `kl/over_budget_share`; where completions are used for several updates (`num_iterations` > 1)
     `kl/rollout_per_sequence`, the mean log-ratio of the policy that sampled them and the policy as it is: that is
-    what clipping bounds, not the KL to the reference.
+    what clipping bounds, not the KL to the reference. Where the engine that samples says how likely its tokens were,
+    fast sampling or GRPO's vLLM: `kl/sampler_k1_per_token`, `_k3_per_token`, `_k1_per_sequence`, the KL of that engine
+    to the policy as the trainer scores it, and `kl/sampler_max_ratio`, the largest ratio of one token's probabilities.
 
     Args:
         trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
@@ -61,6 +63,8 @@ class KLMonitorCallback(TrainerCallback):
             if budget > 0:  # a share of nothing is no number
                 metrics["kl/budget_use"].append(totals[-2] / sequences)
             metrics["kl/over_budget_share"].append(totals[-1] / sequences)
+        if rollout.sampler_logps is not None:
+            self.observe_sampler(rollout)
         metrics["kl/max_per_sequence"].append(accelerator.gather(best).max().item())
         metrics["kl/beta"].append(self.seam.beta)
         if self.seam.beta != 0 and self.seam.last_penalty is not None:
@@ -68,3 +72,14 @@ class KLMonitorCallback(TrainerCallback):
             reward_std = last_reward_std(self.trainer, int(sequences))
             spread = penalty_std + reward_std
             metrics["kl/share_of_spread"].append(penalty_std / spread if spread else 0.0)
+
+    def observe_sampler(self, rollout: kl.Rollout) -> None:
+        """KL(sampler || policy) of what another engine sampled: 0 but for rounding where both are one policy."""
+        metrics, mask = self.seam.metrics, rollout.completion_mask
+        # A token whose probability the engine did not give is none that it differs in.
+        ratio = (rollout.sampler_logps - rollout.logps).nan_to_num(nan=0.0) * mask
+        for name in ("k1", "k3"):
+            metrics[f"kl/sampler_{name}_per_token"].append(self.seam.mean_per_token(kl.SAMPLED[name](ratio), mask))
+        metrics["kl/sampler_k1_per_sequence"].append(self.seam.mean_per_sequence(ratio, mask))
+        furthest = self.trainer.accelerator.gather(ratio.abs().amax().exp()[None])
+        metrics["kl/sampler_max_ratio"].append(furthest.max().item())

@@ -188,7 +188,7 @@ def test_100000_draws_are_of_transformers_distribution(case):
     warped = LogitsProcessorList(warpers)(None, logits.clone()) if warpers else logits
     expected = warped.softmax(-1)[0].double()
     config = options(do_sample=True, **{"top_k": 0, "top_p": 1.0} | given)
-    counts = torch.bincount(generate.draw(logits.expand(100_000, -1), config), minlength=V).double()
+    counts = torch.bincount(generate.draw(logits.expand(100_000, -1), config)[0], minlength=V).double()
     possible = expected > 0
     assert counts[~possible].sum() == 0
     wanted = expected[possible] / expected[possible].sum() * counts.sum()
@@ -200,7 +200,7 @@ def test_100000_draws_are_of_transformers_distribution(case):
 def test_a_draw_at_the_very_end_of_the_sums_is_a_token_that_may_be_drawn(monkeypatch):
     monkeypatch.setattr(torch, "rand_like", torch.ones_like)
     logits = torch.tensor([[0.0, 1.0, -torch.inf, -torch.inf]])
-    assert generate.draw(logits, options(do_sample=True, top_k=0)).tolist() == [1]
+    assert generate.draw(logits, options(do_sample=True, top_k=0))[0].tolist() == [1]
 
 
 def test_rows_end_at_any_end_of_text_and_are_padded():

@@ -78,9 +78,9 @@ class GRPOSeam(PenaltySeam):
                 "loaded reference it needs KLPenaltyCallback(trainer, KLPenalty(...))"
             )
         if self.is_stock or self.beta == 0:
-            self.batch = None
+            self.batch = Batch(under_way=False)
             output = self.stock.generate_and_score(inputs)
-            self.tell(look_on(self, output))
+            self.tell(look_on(self, output), output.get("sampling_per_token_logps"))
             return output
         trainer, self.loss_pass = self.trainer, None
         self.batch, weights = (batch := Batch()), trainer.reward_weights
@@ -96,7 +96,7 @@ class GRPOSeam(PenaltySeam):
         if self.penalty.in_reward:
             self._put_right(output)
         self._keep_for_loss(output)
-        self.tell(batch.rollout)
+        self.tell(batch.rollout, output.get("sampling_per_token_logps"))
         return output
 
     def generate(self, prompts):

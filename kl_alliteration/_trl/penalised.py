@@ -1,6 +1,6 @@
 """What a seam that places a penalty shares, RLOO's and GRPO's: the batch under way, the loss's part, one forward."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,6 +23,9 @@ class Batch:
     ref_head: kl.LMHead | None = None
     graph: Scored | None = None  # the policy's score with its graph, for a loss that uses it
     estimates: dict = field(default_factory=dict)  # and the full-vocabulary estimates that were made of it
+    sampled: list | None = field(
+        default_factory=list
+    )  # (B, T) log-probabilities by a sampler, until the batch is made
 
 
 @dataclass
@@ -69,6 +72,20 @@ class PenaltySeam(Seam):
             and not self.scorer.head_of_peft
         )
         return self.one_forward
+
+    def keep_sampled(self, logps: torch.Tensor) -> None:
+        """What a sampler says of the tokens that it has just drawn, (B, T); of no interest outside of a batch."""
+        if self.batch is not None and self.batch.sampled is not None:
+            self.batch.sampled.append(logps)
+
+    def tell(self, rollout: kl.Rollout | None, sampler_logps: torch.Tensor | None = None) -> None:
+        """All observers; with what the sampler said, where it was asked once for the whole batch."""
+        kept, self.batch.sampled = self.batch.sampled, None
+        if sampler_logps is None and len(kept) == 1:
+            sampler_logps = kept[0]
+        if rollout is not None and sampler_logps is not None and sampler_logps.shape == rollout.logps.shape:
+            rollout = replace(rollout, sampler_logps=sampler_logps)
+        super().tell(rollout)
 
     @property
     def in_loss(self) -> bool:

@@ -56,14 +56,15 @@ def probabilities(logits: torch.Tensor, config: GenerationConfig) -> torch.Tenso
     return logits.softmax(-1)
 
 
-def draw(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """(B, V) logits -> (B,) tokens by the inverse of the cumulative distribution: one uniform number a row.
+def draw(logits: torch.Tensor, config: GenerationConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, V) logits -> (B,) tokens by the inverse of the cumulative distribution, and their log-probabilities.
 
-    The sums are taken over blocks of the vocabulary and then within one block, which is a third of the work.
+    One uniform number a row. The sums are taken over blocks of the vocabulary and then within one block, which is a
+    third of the work.
     """
     if not config.do_sample:
-        return logits.argmax(-1)
-    p = probabilities(logits, config)
+        return logits.argmax(-1), torch.zeros_like(logits[:, 0])
+    p = whole = probabilities(logits, config)
     if beyond := -p.shape[-1] % BLOCK:
         p = F.pad(p, (0, beyond))
     p = p.view(len(p), -1, BLOCK)
@@ -76,7 +77,8 @@ def draw(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
     before = blocks.gather(1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0)
     within = p[torch.arange(len(p), device=p.device), block.squeeze(1)].cumsum(-1)  # (B, BLOCK)
     place = torch.searchsorted(within, _below((uniform - before).clamp(min=0), within), right=True)
-    return (block * BLOCK + place).squeeze(1)
+    tokens = (block * BLOCK + place).squeeze(1)
+    return tokens, (whole.gather(1, tokens[:, None]).squeeze(1) / blocks[:, -1]).log()
 
 
 def _below(x: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
@@ -92,12 +94,14 @@ def sample(
     attention_mask: torch.Tensor,
     config: GenerationConfig,
     logps: torch.Tensor | None = None,
+    drawn_logps: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(B, P) left-padded prompts -> (B, P + T), up to `max_new_tokens` sampled and padding after an end of text.
 
     Args:
         logps (`torch.Tensor`, *optional*):
             (R, `max_new_tokens`), filled with the log-probabilities of what the first R rows sampled, before warping.
+        drawn_logps (`torch.Tensor`, *optional*): (B, `max_new_tokens`), filled with those of all rows after warping.
     """
     batch, prompt = input_ids.shape
     eos = torch.as_tensor(config.eos_token_id if config.eos_token_id is not None else [], device=input_ids.device)
@@ -108,7 +112,10 @@ def sample(
     over = torch.zeros_like(rows, dtype=torch.bool)  # and that have ended nevertheless
     logits = decoder.start(input_ids, attention_mask, prompt + config.max_new_tokens)
     for place in range(prompt, prompt + config.max_new_tokens):
-        tokens = draw(logits, config).masked_fill(over, pad)
+        tokens, drawn = draw(logits, config)
+        if drawn_logps is not None:
+            drawn_logps[rows, place - prompt] = drawn.to(drawn_logps)
+        tokens = tokens.masked_fill(over, pad)
         out[rows, place] = tokens
         if logps is not None:
             few = rows < len(logps)
@@ -156,7 +163,7 @@ def check_decoder(
         )
 
 
-def use_fast_generate(model, sharded: bool = False, dtype: torch.dtype | None = None) -> None:
+def use_fast_generate(model, sharded: bool = False, dtype: torch.dtype | None = None, keep=None) -> None:
     """Replace `generate` of a model, full or LoRA, by this module's sampling, where that knows how and is right.
 
     It proves itself on the first batch, and on the first that is padded: where its log-probabilities are not the
@@ -166,6 +173,7 @@ def use_fast_generate(model, sharded: bool = False, dtype: torch.dtype | None = 
     Args:
         sharded (`bool`): No process has the whole weights (FSDP, DeepSpeed): keep the old `generate`, and say so.
         dtype (`torch.dtype`, *optional*): What the model computes in under autocast.
+        keep (callable, *optional*): Called with (B, T) log-probabilities of what was sampled, after warping.
     """
     original, said, proven = model.generate, set(), set()
     broken: list[str] = ["the weights are sharded"] if sharded else []  # why it is off for good
@@ -180,16 +188,21 @@ def use_fast_generate(model, sharded: bool = False, dtype: torch.dtype | None = 
         check_options(config, others)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         padded, decoder = bool((mask == 0).any()), read_decoder(model, dtype)
-        if padded in proven:
-            return sample(decoder, input_ids, mask, config)
+        drawn = torch.zeros(len(input_ids), config.max_new_tokens, device=input_ids.device)
+        prove = padded not in proven
+        few = min(CHECKED, len(input_ids))
+        logps = torch.zeros(few, config.max_new_tokens, device=input_ids.device) if prove else None
         try:
-            logps = torch.zeros(min(CHECKED, len(input_ids)), config.max_new_tokens, device=input_ids.device)
-            ids = sample(decoder, input_ids, mask, config, logps)
-            check_decoder(model, ids, mask, config.eos_token_id, logps, dtype)
+            ids = sample(decoder, input_ids, mask, config, logps, drawn)
+            if prove:
+                check_decoder(model, ids, mask, config.eos_token_id, logps, dtype)
         except Unsupported as reason:
-            broken.append(str(reason))
+            if prove:
+                broken.append(str(reason))
             raise
         proven.add(padded)
+        if keep is not None:
+            keep(drawn[:, : ids.shape[1] - input_ids.shape[1]])
         return ids
 
     def generate(input_ids=None, attention_mask=None, generation_config=None, **others):
