@@ -5,7 +5,7 @@
     python studies/targets.py -- --max_steps 240                 # more options of the recipe
 
 `embedded` is the recipe's own model. `repeats` is that model after it was taught to go on with a word that stands
-there three times: one text in a hundred holds such a row, and a row pays for itself many times over. The study trains
+there three times: some seven texts of 400 hold such a row, which pays for itself many times over. The study trains
 it first, from a seed. `letter_s` is the embedded model with another reward. Runs go into runs/targets and are kept.
 Prints the table in Markdown, means with the range over seeds.
 """
