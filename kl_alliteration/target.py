@@ -132,7 +132,7 @@ class PriceRule:
 
 
 class KLTargetCallback(TrainerCallback):
-    """Hold a KL in nats per sequence, the one number to state, in a stock [`~trl.RLOOTrainer`].
+    """Hold a KL in nats per sequence, the one number to state, in a stock `RLOOTrainer` or `GRPOTrainer`.
 
     A nat within the target costs a price that [`PriceRule`] moves after every generation batch, from a fiftieth of
     what [`price_of_target`] reads off the reference's rewards to all of it, where the target is reached. A nat beyond
@@ -142,7 +142,8 @@ class KLTargetCallback(TrainerCallback):
     reward per nat within the target, and `kl/target_use`, KL over target. Its state is in every checkpoint.
 
     Args:
-        trainer ([`~trl.RLOOTrainer`]): The trainer, stock, its `beta` not 0, so that TRL loads a reference.
+        trainer ([`~trl.RLOOTrainer`] or [`~trl.GRPOTrainer`]): The trainer, stock, its `beta` not 0, so that TRL loads
+            a reference.
         kl_per_sequence (`float`): The target, in nats.
         ref_rewards (`torch.Tensor`): (M,) rewards of the reference's samples of one prompt, or (P, M) of P prompts;
             some thousands in all.

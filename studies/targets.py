@@ -66,7 +66,7 @@ def repeating_model(folder, seed: int = 0):
 @one_line_errors
 def main():
     parser = runs_parser(__doc__, "targets")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["embedded", "repeats"])
     parser.add_argument("--targets", nargs="+", type=float, default=[3, 6, 10], help="nats per sequence")
     parser.add_argument("options", nargs="*", help="more options of the recipe, behind --")
     args = parser.parse_args()
