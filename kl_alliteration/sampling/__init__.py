@@ -46,5 +46,5 @@ def use_fast_sampling(trainer, one_forward: bool = True, keep_memory: bool = Tru
         accelerator.unwrap_model(trainer.model),
         sharded=accelerator.distributed_type in ("FSDP", "DEEPSPEED"),
         dtype=autocast_dtype(accelerator),
-        keep=seam_of(trainer).keep_sampled,
+        keep=seam_of(trainer).keep_sampled if hasattr(trainer, "reward_funcs") else None,  # DPO's scores nothing
     )

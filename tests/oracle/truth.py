@@ -158,18 +158,6 @@ class Oracle:
             found = (found - found.nanmean()) / (nanstd(found) + 1e-4)
         return found.nan_to_num(nan=0.0)
 
-    def penalty_in_loss(self, log_p, log_q, inputs, mask) -> torch.Tensor:
-        """(B,), each completion weighted from the policy that sampled it to the present one."""
-        logps, old = sampled(log_p, inputs["completion_ids"]), self.old_logps(inputs, mask)
-        ratio = torch.ones_like(mask[:, 0], dtype=torch.float32)
-        if old is not None:
-            ratio = ((logps.detach() * mask).sum(1) - old).exp()
-        clipped = ratio.clamp(1 - self.trainer.epsilon_low, 1 + self.trainer.epsilon_high)
-        return clipped * penalty_of(self.penalty, log_p, log_q, inputs["completion_ids"], mask)
-
-    def old_logps(self, inputs, mask) -> torch.Tensor | None:
-        return inputs["old_logps"]
-
     def compute_loss(self, model, inputs):
         loss, trainer = self.stock[1](model, inputs), self.trainer
         self.counts["losses"] += 1
@@ -187,7 +175,8 @@ class Oracle:
         clipped = ratio.clamp(1 - trainer.epsilon_low, 1 + trainer.epsilon_high)
         truth = -torch.min(ratio * inputs["advantages"], clipped * inputs["advantages"]).mean()
         if self.penalty.in_loss and trainer.beta != 0:
-            truth = truth + trainer.beta * self.penalty_in_loss(log_p, log_q, inputs, mask).mean()
+            penalty = penalty_of(self.penalty, log_p, log_q, ids, mask)
+            truth = truth + trainer.beta * (clipped.detach() * penalty).mean()
         if router:
             truth = truth + trainer.router_aux_loss_coef * aux
         self.differ("loss", loss.detach(), truth.detach())
@@ -229,10 +218,6 @@ class GRPOOracle(Oracle):
         }
         return (found / divisor).flatten().nan_to_num(nan=0.0)
 
-    def old_logps(self, inputs, mask) -> torch.Tensor | None:
-        old = inputs.get("old_per_token_logps")
-        return None if old is None else (old * mask).sum(1)
-
     def reduced(self, per_token, mask, inputs) -> torch.Tensor:
         """TRL's mean of (B, T) values, by its `loss_type`."""
         trainer, total = self.trainer, (per_token * mask).sum(-1)
@@ -262,7 +247,10 @@ class GRPOOracle(Oracle):
         clipped = ratio.clamp(1 - trainer.epsilon_low, 1 + trainer.epsilon_high)
         truth = self.reduced(-torch.min(ratio * advantages, clipped * advantages), mask, inputs)
         if self.penalty.in_loss:
-            penalty = self.penalty_in_loss(log_p, log_q, inputs, mask)
+            penalty = penalty_of(self.penalty, log_p, log_q, ids, mask)
+            if "old_per_token_logps" in inputs:  # weighted from the policy that sampled to the present one
+                whole = ((logps.detach() - inputs["old_per_token_logps"]) * mask).sum(1).exp()
+                penalty = whole.clamp(1 - trainer.epsilon_low, 1 + trainer.epsilon_high) * penalty
             if self.penalty.in_reward:
                 penalty = penalty / torch.tensor([self.scales[row] for row in rows])
             spread_out = penalty[:, None] / mask.sum(-1, keepdim=True).clamp(min=1)  # the same on each of its tokens
