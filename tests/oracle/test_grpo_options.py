@@ -1,18 +1,14 @@
 """GRPO's options under penalties that are not its own: every batch and every loss against the model's own logits."""
 
-import warnings
-
 import pytest
-from families import move
-from runs import now_and_then, reward, stock_trainer
+import test_options
+from runs import now_and_then, reward
 from test_options import ADAPTERS, GRADIENT_OFF, OFF, PENALTIES, check, folders, later, words  # noqa: F401
 from trl import GRPOConfig, GRPOTrainer
 from truth import GRPOOracle
 
-from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback, use_fast_sampling
-from kl_alliteration._trl import seam_of
+from kl_alliteration import KLPenalty
 from kl_alliteration._trl.grpo import GRPOSeam
-from kl_alliteration.kl import KLWarning
 
 EXACT = KLPenalty("exact", "both", budget_per_token=0.05)
 NOT_ITS_OWN = [p for p in PENALTIES if (p.estimator, p.placement, p.reduction) != ("k3", "loss", "sum")]
@@ -24,20 +20,8 @@ A_FEW = {
 }
 
 
-def worst_of(folder, penalty=EXACT, fast=True, scale=0.3, **options) -> dict:
-    """The largest differences of a run of three steps, its counts among them."""
-    trainer = stock_trainer(folder, trainer=GRPOTrainer, config=GRPOConfig, **{"max_steps": 3} | options)
-    move(trainer.model, scale)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", KLWarning)
-        trainer.add_callback(KLPenaltyCallback(trainer, penalty))
-        trainer.add_callback(KLMonitorCallback(trainer, exact=True))
-        if fast:
-            use_fast_sampling(trainer, keep_memory=False)
-        oracle = GRPOOracle(trainer, penalty)
-        trainer.train()
-    assert oracle.exact_per_token > 1e-5 and not seam_of(trainer).is_stock
-    return oracle.worst | oracle.counts
+def worst_of(folder, penalty=EXACT, **options) -> dict:
+    return test_options.worst_of(folder, penalty, kind=(GRPOTrainer, GRPOConfig, GRPOOracle), **options)
 
 
 @pytest.mark.parametrize("penalty", [later(p, A_FEW) for p in NOT_ITS_OWN], ids=lambda p: words(p).replace(" ", "-"))

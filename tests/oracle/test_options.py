@@ -9,6 +9,7 @@ from datasets import Dataset
 from families import build, move
 from peft import LoraConfig
 from runs import PROMPTS, now_and_then, reward, save, stock_trainer
+from trl import RLOOConfig, RLOOTrainer
 from truth import Oracle
 
 from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback, kl, use_fast_sampling
@@ -34,9 +35,10 @@ def folders(tmp_path_factory):
     return folder
 
 
-def worst_of(folder, penalty=EXACT, monitor=True, fast=True, scale=0.3, **options) -> dict:
+def worst_of(folder, penalty=EXACT, fast=True, scale=0.3, kind=(RLOOTrainer, RLOOConfig, Oracle), **options) -> dict:
     """The largest differences of a run of three steps, its counts among them."""
-    trainer = stock_trainer(folder, **{"max_steps": 3} | options)
+    trainer_class, config, oracle_class = kind
+    trainer = stock_trainer(folder, trainer=trainer_class, config=config, **{"max_steps": 3} | options)
     move(trainer.model, scale)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KLWarning)
@@ -44,7 +46,7 @@ def worst_of(folder, penalty=EXACT, monitor=True, fast=True, scale=0.3, **option
         trainer.add_callback(KLMonitorCallback(trainer, exact=True))
         if fast:
             use_fast_sampling(trainer, keep_memory=False)
-        oracle = Oracle(trainer, penalty)
+        oracle = oracle_class(trainer, penalty)
         trainer.train()
     if trainer.eval_dataset is not None:
         trainer.evaluate()
