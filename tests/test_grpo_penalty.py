@@ -283,6 +283,49 @@ def test_an_evaluation_is_charged_by_its_own_groups(make_grpo, size):  # noqa: F
     assert math.isfinite(found["eval_loss"]) and found["eval_kl"] > 0
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_an_evaluation_with_groups_of_one_has_a_loss(make_grpo, scale):  # noqa: F811
+    trainer = make_grpo(max_steps=1, num_generations_eval=1, per_device_eval_batch_size=4, scale_rewards=scale)
+    trainer.eval_dataset = Dataset.from_dict({"prompt": ["once upon a time", "there was a"] * 2})
+    trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("exact", "both")))
+    trainer.train()
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+# Two groups of four: what has no reward, and what then gets no advantage from TRL that divides by a group's spread.
+WITHOUT = {
+    "one": ([1], [1]),
+    "a group": ([0, 1, 2, 3], [0, 1, 2, 3]),
+    "all but one of a group": ([1, 2, 3], [0, 1, 2, 3]),
+    "all": (range(8), range(8)),
+}
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("case", WITHOUT)
+def test_what_has_no_reward_has_no_penalty_in_either_half(make_grpo, case, scale):  # noqa: F811
+    trainer, (without, nothing) = make_grpo(max_steps=2, scale_rewards=scale), WITHOUT[case]
+    trainer.reward_funcs[0] = lambda completions, **kwargs: [None if i in without else float(i) for i in range(8)]
+    trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("exact", "both")))
+    seam, batches = seam_of(trainer), []
+    make = seam.stock.generate_and_score
+    seam.stock.generate_and_score = lambda inputs: batches.append(make(inputs)) or batches[-1]
+    trainer.train()
+    for batch in batches:
+        unscaled = [i for i, share in enumerate(batch["kl_scale"].tolist()) if share == 0]
+        assert unscaled == list(nothing if scale == "group" else without)
+        assert not batch["advantages"][unscaled].any()
+    assert len(batches) == 2 and all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_a_penalty_that_is_no_number_stops_the_run(make_grpo, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(kl.SAMPLED, "broken", lambda ref_log_ratio: ref_log_ratio * torch.nan)
+    trainer = make_grpo()
+    trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("broken", "loss")))
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        trainer.train()
+
+
 def test_tokens_of_tools_cost_nothing(enumerated):
     """The first of two tokens is a tool's: what is left is the KL at the second, in the reward and in the loss."""
     trainer = enumerated(tool_mask=[[0, 1]] * len(FIXED), loss_type="luspo")

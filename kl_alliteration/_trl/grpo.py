@@ -8,7 +8,7 @@ from trl.trainer.utils import nanstd, pad
 from .. import kl
 from .baseline import weighted
 from .looking_on import look_on
-from .loss_types import check_loss_type, divisor_of_completions
+from .loss_types import check_loss_type, divisor_of_completions, scale_of_advantages
 from .penalised import Batch, LossPass, PenaltySeam
 from .seam import unknown_order
 
@@ -166,14 +166,11 @@ class GRPOSeam(PenaltySeam):
         trainer, batch = self.trainer, self.batch
         rewards, metrics = weighted(trainer, batch.rewards), self.metrics
         metrics["reward"][-1], metrics["reward_std"][-1] = rewards.nanmean().item(), nanstd(rewards).item()
-        if not self.in_loss or trainer.scale_rewards == "none":
+        if not self.in_loss:
             return
         charged = rewards - self.beta * trainer.accelerator.gather(batch.penalty).to(rewards.device)
-        size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
-        groups = charged.view(-1, size if trainer.scale_rewards == "group" else len(charged))
-        spread = nanstd(groups, dim=1).repeat_interleave(groups.shape[1], dim=0)
         here = trainer.accelerator.process_index * len(batch.penalty)
-        output["kl_scale"] = 1 / (spread[here : here + len(batch.penalty)] + 1e-4)
+        output["kl_scale"] = scale_of_advantages(trainer, charged)[here : here + len(batch.penalty)]
 
     def compute_loss(self, model, inputs):
         if self.is_stock or self.beta == 0:
@@ -186,14 +183,14 @@ class GRPOSeam(PenaltySeam):
             loss = self.stock.compute_loss(model, inputs)
         finally:
             self.beta, self.loss_pass = beta, None
-        self.check_loss(loss)
         mask, scored = inputs["completion_mask"], loss_pass.scored
         mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
         k3 = kl.k3(scored.logps.detach() - inputs["ref_per_token_logps"])
         self.metrics["kl"].append(self.mean_per_token(k3, mask))  # which is what TRL's log means by it
-        if not self.in_loss:
-            return loss
-        old = inputs.get("old_per_token_logps")
-        penalty = self._penalty_of_loss(loss_pass, inputs, mask, None if old is None else (old * mask).sum(1))
-        penalty = penalty * inputs.get("kl_scale", 1.0) / divisor_of_completions(self.trainer, inputs, mask)
-        return loss + beta * penalty.sum()
+        if self.in_loss:
+            old = inputs.get("old_per_token_logps")
+            penalty = self._penalty_of_loss(loss_pass, inputs, mask, None if old is None else (old * mask).sum(1))
+            penalty = penalty * inputs.get("kl_scale", 1.0) / divisor_of_completions(self.trainer, inputs, mask)
+            loss = loss + beta * penalty.sum()
+        self.check_loss(loss)
+        return loss

@@ -1,7 +1,8 @@
-"""What TRL's GRPO divides a completion by in its loss, by `loss_type`."""
+"""What TRL's GRPO divides a completion by in its loss, by `loss_type`, and an advantage by, by `scale_rewards`."""
 
 import torch
 import trl
+from trl.trainer.utils import nanstd
 
 from .seam import READ_FROM, UnknownTRLError
 
@@ -37,3 +38,16 @@ def divisor_of_completions(trainer, inputs, mask: torch.Tensor) -> torch.Tensor:
     check_loss_type(trainer)
     tokens = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
     return every * (tokens * steps / trainer.args.steps_per_generation if training else tokens)
+
+
+def scale_of_advantages(trainer, charged: torch.Tensor) -> torch.Tensor:
+    """(B of all processes,) by which TRL multiplies what a reward, less its penalty, is above its group's mean.
+
+    0 where TRL gives no advantage: no reward applied, or the group has no second reward to spread from.
+    """
+    scale = torch.ones_like(charged)
+    if trainer.scale_rewards != "none":
+        size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+        groups = charged.view(-1, size if trainer.scale_rewards == "group" else len(charged))
+        scale = 1 / (nanstd(groups, dim=1).repeat_interleave(groups.shape[1]) + 1e-4)
+    return scale.masked_fill(charged.isnan() | scale.isnan(), 0.0)
