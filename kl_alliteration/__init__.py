@@ -4,6 +4,7 @@ from .adapters import default_lora_config, load_adapter
 from .control import KLControlCallback
 from .evaluation import Judgement, judge
 from .guard import CollapseGuardCallback, CollapseLimits
+from .health import KLHealthCallback
 from .monitor import KLMonitorCallback
 from .penalty import KLPenalty, KLPenaltyCallback
 from .plots import PlotMonitorCallback, Plots
@@ -19,6 +20,7 @@ __all__ = [
     "CollapseLimits",
     "Judgement",
     "KLControlCallback",
+    "KLHealthCallback",
     "KLMonitorCallback",
     "KLPenalty",
     "KLPenaltyCallback",

@@ -51,6 +51,27 @@ def beyond_warpers(config: GenerationConfig) -> dict:
 
 def warn_of_sampling(trainer, estimator: str) -> None:
     """Warn where completions are not drawn from the distributions whose log-probabilities are compared."""
+    others = changes_of_sampling(trainer)
+    temperature = others.pop("temperature", 1.0)
+    if others and estimator in SAMPLED:
+        words = ", ".join(f"{name}={value}" for name, value in others.items())
+        warnings.warn(
+            f"{words}: completions are sampled from another distribution than the policy's, so sampled estimates of "
+            "the KL are biased; the estimator 'exact' is not, at the states that are visited.",
+            KLWarning,
+            stacklevel=3,
+        )
+    if temperature != 1:
+        warnings.warn(
+            f"temperature={temperature}: TRL divides the logits of policy and reference by it, so every "
+            "KL here is that of the tempered policies, not of the models at temperature 1.",
+            KLWarning,
+            stacklevel=3,
+        )
+
+
+def changes_of_sampling(trainer) -> dict:
+    """The trainer's options of generation that change what is sampled, with their values; temperature last."""
     config = getattr(trainer, "generation_config", None)
     if isinstance(config, GenerationConfig):
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -69,18 +90,5 @@ def warn_of_sampling(trainer, estimator: str) -> None:
         for name, neutral in WARPERS.items()
         if (value := getattr(config, name, None)) is not None and name != "temperature" and value not in neutral
     }
-    if (warped or others) and estimator in SAMPLED:
-        words = ", ".join(f"{name}={value}" for name, value in (warped | others).items())
-        warnings.warn(
-            f"{words}: completions are sampled from another distribution than the policy's, so sampled estimates of "
-            "the KL are biased; the estimator 'exact' is not, at the states that are visited.",
-            KLWarning,
-            stacklevel=3,
-        )
-    if trainer.args.temperature != 1:
-        warnings.warn(
-            f"temperature={trainer.args.temperature}: TRL divides the logits of policy and reference by it, so every "
-            "KL here is that of the tempered policies, not of the models at temperature 1.",
-            KLWarning,
-            stacklevel=3,
-        )
+    tempered = {} if trainer.args.temperature == 1 else {"temperature": trainer.args.temperature}
+    return warped | others | tempered

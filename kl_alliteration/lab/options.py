@@ -125,6 +125,9 @@ class OnlineArguments(StoryArguments):
             "help": "When texts become alike: `off`, `warn`, `stop`, or `rollback` to the last good checkpoint."
         },
     )
+    health: bool = field(
+        default=True, metadata={"help": "Say, a line a symptom, what is wrong with the KL (docs/health.md)."}
+    )
     plots: bool = field(
         default=False,
         metadata={

@@ -21,6 +21,7 @@ from ..adapters import REFERENCE, check_trains, name_base, save_stacked
 from ..control import KLControlCallback
 from ..evaluation import Judgement, tokenize_prompts
 from ..guard import CollapseGuardCallback
+from ..health import KLHealthCallback
 from ..monitor import KLMonitorCallback
 from ..penalty import KLPenaltyCallback
 from ..plots import PlotMonitorCallback, PlotPenalty
@@ -110,6 +111,8 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
         stop_beyond(trainer, args.kl_limit)
     if args.collapse_guard != "off":
         trainer.add_callback(CollapseGuardCallback(trainer, args.collapse_guard))
+    if args.health:
+        trainer.add_callback(KLHealthCallback(trainer))
     if args.show_stories_every:
         trainer.add_callback(StoryTableCallback(trainer, args.show_stories_every))
 

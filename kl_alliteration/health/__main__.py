@@ -1,0 +1,47 @@
+"""Is the KL of a run healthy? Symptoms that its log shows, each with its number, the healthy range, cause and remedy.
+
+    python -m kl_alliteration.health runs/tall_tree
+    python -m kl_alliteration.health outputs/checkpoint-500/trainer_state.json
+
+Reads any run of a TRL trainer, also one that knew nothing of this package: a folder with `metrics.jsonl` or with
+checkpoints, a `trainer_state.json`, or a file of one JSON object a line. Exit status 1 where something is wrong, 2
+where there is nothing to read. What each symptom means: docs/health.md.
+"""
+
+import argparse
+import sys
+
+from . import diagnose, read_entries, read_findings, summary
+from .log import Log
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m kl_alliteration.health",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", help="folders of runs, trainer_state.json, or files of metrics")
+    alarmed = unread = False
+    for run in parser.parse_args().runs:
+        try:
+            entries, folder = read_entries(run)
+        except (ValueError, OSError) as error:
+            print(f"{run}: {error}", file=sys.stderr)
+            unread = True
+            continue
+        log = Log()
+        for entry in entries:
+            log.add(entry)
+        # The callback may have known earlier, and with the text.
+        found = {each.symptom: each for each in (*diagnose(entries), *read_findings(folder))}
+        found = sorted(found.values(), key=lambda each: each.step)
+        print(f"{run}: {summary(found, log.step)}")
+        for each in found:
+            print(f"  {each.in_words()}")
+        alarmed |= any(each.alarm for each in found)
+    sys.exit(2 if unread else int(alarmed))
+
+
+if __name__ == "__main__":
+    main()
