@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from common import quiet, run_groups, runs_parser
 from datasets import Dataset
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from kl_alliteration.health import diagnose, read_entries, read_findings
-from kl_alliteration.lab.figures import plt
 from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.lab.sweep import ROOT, Run, seeds_of
 from kl_alliteration.rewards import alliteration_reward
@@ -127,19 +127,21 @@ def found_in(folder: Path) -> dict:
 def draw(folders: dict[str, Path], path: Path) -> None:
     """A small figure a symptom: what of the log shows it, and where it was caught."""
     columns = 4
-    _, axes = plt.subplots(-(-len(folders) // columns), columns, figsize=(14, 2.4 * -(-len(folders) // columns)))
+    rows = -(-len(folders) // columns)
+    figure = Figure(figsize=(14, 2.4 * rows), layout="tight")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for name, axis in zip(folders, axes.flat, strict=False):
         shown, caught = ILL[name][1], found_in(folders[name]).get(name)
         points = [(e["step"], e[shown]) for e in read_entries(folders[name])[0] if e.get(shown) is not None]
-        axis.plot(*zip(*points, strict=True), marker=".", linewidth=1) if points else None
+        if points:
+            axis.plot(*zip(*points, strict=True), marker=".", linewidth=1)
         if caught is not None:
             axis.axvline(caught.step, color="tab:red", linewidth=1)
         axis.set_title(f"{name}: {shown}", fontsize=9)
         axis.tick_params(labelsize=7)
     for axis in axes.flat[len(folders) :]:
         axis.axis("off")
-    plt.tight_layout()
-    plt.savefig(path, dpi=90)
+    figure.savefig(path, dpi=90)
 
 
 @one_line_errors
