@@ -30,7 +30,7 @@ ILL = {  # symptom: options that bring it about, what of the log shows it, and t
     "no_kl": ({"beta": 0, "max_steps": 20}, "reward", K1),
     "explodes": ({"beta": 0, "kl_monitor": True, "use_peft": True, "learning_rate": 2e-2}, "kl/k1_per_token", K1),
     "collapse": ({"beta": 0, "learning_rate": 2e-3, "max_steps": 100}, "guard/distinct_2_left", K1),
-    "spike": ({"beta": 0.05, "learning_rate": 6e-3, "max_grad_norm": 100, "logging_steps": 1}, "kl", K1),
+    "spike": ({"beta": 1, "learning_rate": 3e-3, "logging_steps": 1, "max_steps": 60}, "kl", K1),
     "penalty_is_noise": ({"beta": 10, "max_steps": 60}, "kl/share_of_spread", K1),
     "held_still": ({"beta": 50, "learning_rate": 3e-5, "logging_steps": 2, "max_steps": 60}, "reward", K1),
     "wrong_gradient": (FREE | {"kl_placement": "loss", "kl_estimator": "k1", "max_steps": 40}, "kl", ()),
