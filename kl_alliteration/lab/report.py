@@ -1,18 +1,21 @@
-"""A folder of runs as one page: figures, stories and a table, all from the runs' own files.
+"""A folder of runs, or one run, as a page: health, table, figures and stories, all from the runs' own files.
 
     python -m kl_alliteration.lab.report runs/sweep
+    python -m kl_alliteration.lab.report runs/tall_tree --watch 30    # again every 30 seconds while it trains
 
 Writes `report.html`, which needs no network and no other file, `report.md` and the figures as PNG. What is missing or
-broken is said on the page, and the rest is drawn.
+broken is said on the page, and the rest is drawn. While a run trains the page reloads itself.
 """
 
 import argparse
-import base64
 import json
 import statistics
+import time
 from pathlib import Path
 
+from .. import health
 from ..kl import to_study_beta
+from . import curves
 from .figures import plot_frontier, plot_groups, plot_runs, read_run
 from .pages import fill_template
 from .runs import group_of, read_metrics, read_summary
@@ -34,6 +37,7 @@ PANELS = {  # file: (log entry, label)
     "entropy.png": ("entropy", "entropy (nats per token)"),
     "different.png": ("guard/different_share", "share of different stories in a batch"),
 }
+GROWS = 600  # seconds since an unfinished run last wrote, up to which it still trains
 NEEDED = tuple(COLUMNS)[:3]  # of a summary; the others are not there without a reference
 COLLAPSED = 0.2  # of the untrained model's distinct pairs of words
 LEARNT = 1.4  # times the untrained model's reward
@@ -48,13 +52,14 @@ def read_runs(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
     """Run folders by group, seeds together, in order of their beta; and what is missing, in words."""
     groups: dict[str, list[Path]] = {}
     missing = []
-    for run in sorted(path for path in folder.iterdir() if path.is_dir()):
+    single = bool(read_metrics(folder))
+    for run in [folder] if single else sorted(path for path in folder.iterdir() if path.is_dir()):
         if not read_metrics(run):
             missing.append(f"{run.name}: no metrics.jsonl that can be read, left out")
             continue
         if finished(run) is None:
             missing.append(f"{run.name}: not finished, drawn as far as it went")
-        groups.setdefault(group_of(run.name), []).append(run)
+        groups.setdefault(run.name if single else group_of(run.name), []).append(run)
     return dict(sorted(groups.items(), key=lambda item: beta_of(item[1][0]))), missing
 
 
@@ -103,14 +108,14 @@ def verdict(before: dict, after: dict) -> str:
 def conclusions(groups: dict[str, list[Path]]) -> list[list[str]]:
     """A row for the model before training, and one a group: mean of the finished seeds, their range, a verdict."""
     untrained = [judgement for runs in groups.values() for judgement in summaries(runs, "before")]
-    rows = [["before", "-", "-", "-", *numbers(untrained[:1]), ""]] if untrained else []
+    rows = [["before", "", "-", "-", "-", *numbers(untrained[:1])]] if untrained else []
     for group, runs in groups.items():
         done, beta = summaries(runs, "after"), beta_of(runs[0])
         verdicts = [verdict(*pair) for pair in zip(summaries(runs, "before"), done, strict=True)]
         words = ", ".join(
             v if verdicts.count(v) == len(verdicts) else f"{v}: {verdicts.count(v)}" for v in dict.fromkeys(verdicts)
         )
-        rows.append([group, f"{beta:.3g}", f"{to_study_beta(beta):.3g}", str(len(done)), *numbers(done), words])
+        rows.append([group, words, f"{beta:.3g}", f"{to_study_beta(beta):.3g}", str(len(done)), *numbers(done)])
     return rows
 
 
@@ -141,28 +146,42 @@ def stories(groups: dict[str, list[Path]]) -> dict[str, list[str]]:
     return found
 
 
+def health_of(run: Path) -> dict:
+    """What is to be said of a run's KL: its name, a line of summary, a line a finding, how many are alarms."""
+    entries = read_metrics(run)
+    found = {each.symptom: each for each in (*health.diagnose(entries), *health.read_findings(run))}.values()
+    found = sorted(found, key=lambda each: (not each.alarm, each.step))
+    steps = max((entry["step"] for entry in entries if "step" in entry), default=0)
+    return {
+        "name": run.name,
+        "alarms": sum(each.alarm for each in found),
+        "summary": health.summary(found, steps),
+        "lines": [each.in_words() for each in found],
+    }
+
+
+def still_trains(run: Path) -> bool:
+    return read_summary(run) is None and time.time() - (run / "metrics.jsonl").stat().st_mtime < GROWS
+
+
 def write_report(folder: str | Path, frontier_path: str | Path | None = None) -> Path:
-    """Figures, `report.md` and `report.html` of a folder of runs, into that folder.
+    """Figures, `report.md` and `report.html` of a folder of runs, or of the folder of one, into that folder.
 
     Args:
         frontier_path (`str`, *optional*): `frontier.json` of `recipes/best_of_n.py`, drawn under reward over KL.
 
     Raises:
-        `ValueError`: where the folder does not exist, or is that of one run.
+        `ValueError`: where the folder does not exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}")
-    if read_metrics(folder):
-        raise ValueError(
-            f"folder: {str(folder)!r} is a single run, whose page is its curves.png and stories.md; name the folder "
-            f"of runs, {str(folder.absolute().parent)!r}"
-        )
     groups, missing = read_runs(folder)
-    figures = []
+    figures, drawn = [], []  # as PNG for the Markdown, and to be hovered
     for name, (entry, label) in PANELS.items():
         if plot_groups(groups, entry, label, folder / name):
             figures.append((name, label))
+            drawn.append((label, curves.over_time(groups, entry, label)))
         else:
             missing.append(f"{label}: not in any log")
     if groups:
@@ -175,37 +194,50 @@ def write_report(folder: str | Path, frontier_path: str | Path | None = None) ->
         except ValueError:
             missing.append(f"{group}: no KL per sequence in its logs")
     try:
-        frontier = json.loads(Path(frontier_path).read_text())["frontier"] if frontier_path else []
+        best, least = read_frontier(frontier_path)
     except (OSError, ValueError, KeyError):
-        frontier = []
+        best, least = [], []
         missing.append(f"best of n: {frontier_path} cannot be read")
     if drawable:
-        plot_frontier(frontier, drawable, folder / "reward_over_kl.png")
-        figures.append(("reward_over_kl.png", "reward over KL per sequence"))
-    head = ["run", "beta per nat", "beta, the study's", "seeds", *COLUMNS.values(), "verdict"]
+        label = "reward over KL per sequence"
+        plot_frontier(best, drawable, folder / "reward_over_kl.png", least)
+        figures.append(("reward_over_kl.png", label))
+        drawn.append((label, curves.frontier(groups, best, least)))
     order = order_of_rewards(groups)
-    notes = [NOTE] + ([f"Rank correlation of beta and final reward: {order:.2f}."] if order is not None else [])
     page = {
-        "title": folder.name,
+        "title": folder.absolute().name,
         "missing": missing,
-        "head": head,
+        "health": [health_of(run) for runs in groups.values() for run in runs],
+        "head": ["run", "verdict", "beta per nat", "beta, the study's", "seeds", *COLUMNS.values()],
         "rows": conclusions(groups),
-        "notes": notes,
-        "figures": figures,
+        "notes": [NOTE] + ([f"Rank correlation of beta and final reward: {order:.2f}."] if order is not None else []),
         "stories": stories(groups),
     }
-    images = {name: base64.b64encode((folder / name).read_bytes()).decode() for name, _ in figures}
-    fill_template(folder / "report.md", **page)
-    return fill_template(folder / "report.html", images=images, **page)
+    fill_template(folder / "report.md", figures=figures, **page)
+    growing = any(still_trains(run) for runs in groups.values() for run in runs)
+    path = folder / "report.html"
+    return fill_template(path, figures=drawn, plotly=curves.script(), growing=growing, **page)
+
+
+def read_frontier(path: str | Path | None) -> tuple[list[dict], list[dict]]:
+    """Best-of-n and the least KL of `frontier.json`, as points of reward over KL; nothing without a path."""
+    if path is None:
+        return [], []
+    known = json.loads(Path(path).read_text(encoding="utf-8"))
+    return known["frontier"], known.get("least_kl", [])
 
 
 @one_line_errors
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="folder with a folder a run")
+    parser.add_argument("folder", help="folder of one run, or with a folder a run")
     parser.add_argument("--frontier", help="frontier.json of recipes/best_of_n.py")
+    parser.add_argument("--watch", type=float, metavar="SECONDS", help="write it again, while a run trains")
     args = parser.parse_args()
-    print(write_report(args.folder, args.frontier))
+    print(path := write_report(args.folder, args.frontier), flush=True)
+    while args.watch and "http-equiv" in path.read_text(encoding="utf-8"):
+        time.sleep(args.watch)
+        write_report(args.folder, args.frontier)
 
 
 if __name__ == "__main__":
