@@ -25,7 +25,7 @@ from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 
 QUICK = ("--eval_stories", "8", "--show_stories_every", "0", "--report_to", "none", "--disable_tqdm", "true")
 K1 = ("--config", str(ROOT / "recipes/fixed_beta.yaml"))  # in the reward, as stock TRL; two groups of ten
-FREE = {"kl_budget_per_token": "null"}
+FREE = {"kl_budget_per_token": "none"}
 ILL = {  # symptom: options that bring it about, what of the log shows it, and the words before
     "no_kl": ({"beta": 0, "max_steps": 20}, "reward", K1),
     "explodes": ({"beta": 0, "kl_monitor": True, "use_peft": True, "learning_rate": 2e-2}, "kl/k1_per_token", K1),
@@ -35,7 +35,12 @@ ILL = {  # symptom: options that bring it about, what of the log shows it, and t
     "held_still": ({"beta": 50, "learning_rate": 3e-5, "logging_steps": 2, "max_steps": 60}, "reward", K1),
     "wrong_gradient": (FREE | {"kl_placement": "loss", "kl_estimator": "k1", "max_steps": 40}, "kl", ()),
     "truncated_sampling": ({"top_k": 5, "max_steps": 10}, "kl", K1),
-    "negative": ({"beta": 0.05, "repetition_penalty": 3.0, "logging_steps": 1, "max_steps": 60}, "kl", K1),
+    "negative": (
+        {"model_name_or_path": "apart", "kl_reference": str(MODEL_PATH), "top_k": 2, "learning_rate": 1e-6}
+        | {"logging_steps": 1, "max_steps": 12},
+        "kl",
+        K1,
+    ),
     "dropout": ({"use_peft": True, "lora_dropout": 0.2, "max_steps": 20}, "kl", K1),
     "starts_apart": ({"kl_reference": "apart", "max_steps": 10, "logging_steps": 1}, "kl", K1),
     "reference_moves": ({"use_peft": True, "kl_reference": "reset", "ref_model_sync_steps": 20}, "kl", K1),
@@ -44,7 +49,7 @@ ILL = {  # symptom: options that bring it about, what of the log shows it, and t
         "beta",
         (),
     ),
-    "length_is_learnt": ({"reward_funcs": "health.fewer_tokens", "max_steps": 60}, "completions/mean_length", ()),
+    "length_is_learnt": ({"reward_funcs": "health.fewer_tokens", "max_steps": 120}, "completions/mean_length", ()),
     "no_signal": ({"reward_funcs": "health.says_zebra", "max_steps": 20}, "frac_reward_zero_std", K1),
     "inefficient": ({"learning_rate": 6e-3, "warmup_steps": 0, "beta": 0.05, "max_steps": 40}, "kl/efficiency", K1),
     "one_plot": ({"plots": True, "max_steps": 100}, "plots/most_told_share", ()),
@@ -159,8 +164,9 @@ def main():
         for name, (options, _, words) in ILL.items():
             if args.only and name not in args.only:
                 continue
-            if options.get("kl_reference") == "apart":
-                options = options | {"kl_reference": str(args.folder / "apart")}
+            options = {
+                key: str(args.folder / "apart") if value == "apart" else value for key, value in options.items()
+            }
             groups[name] = [Run(f"ill_{name}", options, (*words, *QUICK))]
         folders = {name: paths[0] for name, paths in run_groups(groups, args).items()}
         print("| ill of | caught at step | what is seen | and also |\n|---|---|---|---|")

@@ -276,8 +276,10 @@ def _no_signal(log: Log) -> str | None:
     "A smaller learning rate, longer warm-up, larger groups, the exact KL in both (docs/control.md).",
 )
 def _inefficient(log: Log) -> str | None:
-    value = log.recent("kl/efficiency")
-    return f"the reward could have cost {value:.2f} of the KL" if value is not None and value < 0.1 else None
+    values = log.finite("kl/efficiency")[-2 * FEW :]  # on the way up it is low for a while
+    if len(values) == 2 * FEW and max(values) < 0.1:
+        return f"the reward could have cost {statistics.fmean(values):.2f} of the KL"
+    return None
 
 
 # What only the trainer shows: `KLHealthCallback` looks.
