@@ -102,7 +102,7 @@ def test_its_metadata(wheel):
     always = {need.split(">=")[0] for need in needs if "extra ==" not in need}
     assert always == {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "regex"}
     lab = {need.split(">=")[0] for need in needs if "extra == 'lab'" in need}
-    assert lab == {"jinja2", "matplotlib", "psutil", "rich", "scikit-learn"}
+    assert lab == {"jinja2", "matplotlib", "plotly", "psutil", "rich", "scikit-learn"}
     assert "License-Expression: Apache-2.0" in lines and "Classifier: Typing :: Typed" in lines
     assert "Description-Content-Type: text/markdown" in lines
 
