@@ -59,7 +59,7 @@ HEALTHY = {  # name: options, words, recipe
     "default": ({}, (), Run.recipe),
     "tight_budget": ({"kl_budget_per_token": 0.06, "beta": 4}, (), Run.recipe),
     "target": ({"target_kl_per_sequence": 6}, (), Run.recipe),
-    "k1": ({"max_steps": 60}, K1, Run.recipe),
+    "k1": ({}, K1, Run.recipe),
     "adapter": ({"use_peft": True}, (), Run.recipe),
     "k2_in_loss": (FREE | {"kl_estimator": "k2", "kl_placement": "loss", "beta": 0.3}, (), Run.recipe),
     "s_words": ({"reward_funcs": "kl_alliteration.rewards.alliteration_on_s"}, (), Run.recipe),
@@ -178,7 +178,7 @@ def main():
         draw(folders, args.folder / "health.png")
     if "healthy" in args.kinds:
         groups = {
-            name: seeds_of(name, options, args.seeds, (*words, *QUICK), recipe)
+            name: seeds_of(name, {"max_steps": 40} | options, args.seeds, (*words, *QUICK), recipe)
             for name, (options, words, recipe) in HEALTHY.items()
             if not args.only or name in args.only
         }
