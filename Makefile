@@ -6,7 +6,7 @@ CONFIG ?= $(if $(shell command -v nvidia-smi 2>/dev/null),single_gpu,cpu)
 ARGS ?=
 PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: tall-tree collapse smollm2 test bench gpu test-oldest test-newest long lint story-model docs
+.PHONY: tall-tree collapse smollm2 test bench gpu test-oldest test-newest long lint story-model docs tutorials
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -57,3 +57,7 @@ story-model: $(BIN)/.installed  ## corpus, tokenizer and weights of the embedded
 docs: $(BIN)/.installed  ## the docs as a site, into site/; a link that leads nowhere is an error
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+tutorials: $(BIN)/.installed  ## the notebooks, run from top to bottom: ten minutes each at most
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tutorials]'
+	$(BIN)/jupyter nbconvert --execute --inplace --ExecutePreprocessor.timeout=600 --ExecutePreprocessor.record_timing=False $(or $(ARGS),tutorials/*.ipynb)

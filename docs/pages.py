@@ -1,5 +1,6 @@
-"""What the site has beside this folder: pages of files elsewhere, the reference of the public names."""
+"""What the site has beside this folder: pages of files elsewhere, the notebooks, the reference of the public names."""
 
+import json
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "AGENTS.md": "agents.md",
     "kl_alliteration/story_lm/model/README.md": "card.md",
-}
+} | {f"tutorials/{path.name}": f"tutorial_{path.stem}.md" for path in (ROOT / "tutorials").glob("*.ipynb")}
 MODULES = (
     "penalty", "monitor", "health", "control", "target", "guard", "references", "plots", "yardsticks", "kl",
     "evaluation", "rewards", "rewards.reward_model", "adapters", "shared_prompts", "sampling", "text", "story_lm",
@@ -32,6 +33,21 @@ def in_site(markdown: str, source: Path) -> str:
     markdown = re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", link, markdown)
     fence_or_list = r"^```.*?^```|^(?![-\s])[^\n]+\n(?=- )"
     return re.sub(fence_or_list, lambda found: found[0] + "\n" * (found[0][-1] == "\n"), markdown, flags=re.M | re.S)
+
+
+def notebook(path: Path) -> str:
+    """Text, code, and what a cell printed or drew."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                parts.append(f"![figure](data:image/png;base64,{''.join(data['image/png']).strip()})")
+            elif text := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
+                parts.append(f"```text\n{text}\n```")
+    return "\n\n".join(parts)
 
 
 def reference() -> str:
@@ -63,7 +79,8 @@ def on_config(config):
 def on_files(files, config):
     for source, page in PAGES.items():
         path = ROOT / source
-        files.append(File.generated(config, page, content=in_site(path.read_text(encoding="utf-8"), path)))
+        text = notebook(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+        files.append(File.generated(config, page, content=in_site(text, path)))
     files.append(File.generated(config, "api.md", content=reference()))
     return files
 

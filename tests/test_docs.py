@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from kl_alliteration.penalty import CONTRACT, FORWARD
 
 ROOT = Path(__file__).parent.parent
 MANUAL = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 CARD = ROOT / "kl_alliteration/story_lm/model/README.md"
-PAGES = [*MANUAL, *(ROOT / name for name in ("AGENTS.md", "CHANGELOG.md", "CONTRIBUTING.md")), CARD]
+PAGES = [*MANUAL, *(ROOT / name for name in ("AGENTS.md", "CHANGELOG.md", "CONTRIBUTING.md")), CARD, *NOTEBOOKS]
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 
 
@@ -22,9 +24,20 @@ def named(pages):
     return pytest.mark.parametrize("page", pages, ids=[str(page.relative_to(ROOT)) for page in pages])
 
 
+def text_of(page: Path) -> str:
+    """A page's Markdown; a notebook's text with its code in fences, without the lines for IPython alone."""
+    if page.suffix != ".ipynb":
+        return page.read_text(encoding="utf-8")
+    parts = []
+    for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(line for line in cell["source"] if not line.startswith("%"))
+        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+    return "\n\n".join(parts)
+
+
 def tokens_of(page: Path) -> list:
     """Blocks, and what is in each line of text, in one row."""
-    blocks = MARKDOWN.parse(page.read_text(encoding="utf-8"))
+    blocks = MARKDOWN.parse(text_of(page))
     return [token for block in blocks for token in (block, *(block.children or []))]
 
 
@@ -69,7 +82,7 @@ def anchors_of(page: Path) -> set[str]:
 
 @named(PAGES)
 def test_every_row_of_a_table_has_the_cells_of_its_header(page):
-    lines = page.read_text(encoding="utf-8").splitlines()
+    lines = text_of(page).splitlines()
     blocks = MARKDOWN.parse("\n".join(lines))
     tables = [range(*block.map) for block in blocks if block.type == "table_open"]
     code = {n for block in blocks if block.type in ("fence", "code_block") for n in range(*block.map)}
@@ -119,7 +132,7 @@ def test_the_first_python_of_the_readme_is_the_minimal_recipe():
     assert len(recipe.splitlines()) <= 45
 
 
-@named(MANUAL)
+@named([*MANUAL, *NOTEBOOKS])
 def test_commands_name_what_exists(page):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     for line in (line.strip() for code in code_of(page) for line in code.splitlines()):
@@ -132,7 +145,7 @@ def test_commands_name_what_exists(page):
         assert not missing, f"{page.name}, {line!r}: there is no {', '.join(missing)}"
 
 
-@named([*MANUAL, ROOT / "AGENTS.md", ROOT / "CONTRIBUTING.md"])
+@named([*MANUAL, *NOTEBOOKS, ROOT / "AGENTS.md", ROOT / "CONTRIBUTING.md"])
 def test_paths_in_code_are_files(page):
     folder = r"\b(?:accelerate_configs|benchmarks|docs|kl_alliteration|recipes|studies|tests)/"
     for code in code_of(page):
@@ -150,7 +163,7 @@ def resolve(name: str):
     return found
 
 
-@named(MANUAL)
+@named([*MANUAL, *NOTEBOOKS])
 def test_names_of_the_package_exist(page):
     names = {name for code in code_of(page) for name in re.findall(r"\bkl_alliteration(?:\.[A-Za-z]\w*)+", code)}
     for code in python_of(page):
@@ -159,3 +172,16 @@ def test_names_of_the_package_exist(page):
                 names |= {f"{node.module}.{alias.name}" for alias in node.names}
     for name in names:
         resolve(name.removesuffix(".NAME"))
+
+
+@named(NOTEBOOKS)
+def test_a_notebook_was_run_to_its_end_and_shows_nothing_of_the_machine(page):
+    cells = [cell for cell in json.loads(page.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    if not any(cell["outputs"] for cell in cells):
+        pytest.skip(f"not run yet: make tutorials ARGS=tutorials/{page.name}")
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    for output in (output for cell in cells for output in cell["outputs"]):
+        assert output["output_type"] != "error"
+        data = {kind: value for kind, value in output.get("data", {}).items() if kind != "image/png"}
+        shown = json.dumps([output.get("text"), data])
+        assert not re.search(r"/(home|root|tmp|work|usr|opt|Users|site-packages)/", shown), shown
