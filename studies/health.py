@@ -54,6 +54,7 @@ ILL = {  # symptom: options that bring it about, what of the log shows it, and t
     "inefficient": ({"learning_rate": 6e-3, "warmup_steps": 0, "beta": 0.05, "max_steps": 40}, "kl/efficiency", K1),
     "one_plot": ({"plots": True, "max_steps": 100}, "plots/most_told_share", ()),
 }
+SHORT = {"max_steps": 40, "num_generations": 20, "per_device_train_batch_size": 20}
 GRPO = ROOT / "recipes/grpo_tall_tree.py"
 HEALTHY = {  # name: options, words, recipe
     "default": ({}, (), Run.recipe),
@@ -178,7 +179,7 @@ def main():
         draw(folders, args.folder / "health.png")
     if "healthy" in args.kinds:
         groups = {
-            name: seeds_of(name, {"max_steps": 40} | options, args.seeds, (*words, *QUICK), recipe)
+            name: seeds_of(name, SHORT | options, args.seeds, (*words, *QUICK), recipe)
             for name, (options, words, recipe) in HEALTHY.items()
             if not args.only or name in args.only
         }
