@@ -110,11 +110,11 @@ class RLOOSeam(PenaltySeam):
     def compute_loss(self, model, inputs):
         self.loss_pass = loss_pass = LossPass(inputs.get("kl_row"), inputs.get("kl_token_weights"))
         loss = self.stock.compute_loss(model, inputs)
-        self.check_loss(loss)
         scored, self.loss_pass = loss_pass.scored, None
         if scored is not None:
             self.log_rollout_kl(scored.results[0], inputs)
-        if not self.in_loss or self.beta == 0:
-            return loss
-        penalty = self._penalty_of_loss(loss_pass, inputs, inputs["completion_mask"], inputs["old_logps"])
-        return loss + self.beta * (penalty * inputs.get("kl_text_weights", 1.0)).mean()
+        if self.in_loss and self.beta != 0:
+            penalty = self._penalty_of_loss(loss_pass, inputs, inputs["completion_mask"], inputs["old_logps"])
+            loss = loss + self.beta * (penalty * inputs.get("kl_text_weights", 1.0)).mean()
+        self.check_loss(loss)
+        return loss
