@@ -6,7 +6,7 @@ CONFIG ?= $(if $(shell command -v nvidia-smi 2>/dev/null),single_gpu,cpu)
 ARGS ?=
 PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: tall-tree varied collapse smollm2 test bench gpu engines engine-vllm engine-deepspeed test-oldest test-newest long lint story-model
+.PHONY: tall-tree varied collapse smollm2 test bench gpu engines engine-vllm engine-deepspeed test-oldest test-newest long lint story-model docs
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -77,3 +77,7 @@ lint: $(BIN)/.installed
 
 story-model: $(BIN)/.installed  ## corpus, tokenizer and weights of the embedded model again, from a seed
 	$(BIN)/python -m kl_alliteration.lab.story_model.train $(ARGS)
+
+docs: $(BIN)/.installed  ## the docs as a site, into site/; a link that leads nowhere is an error
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)

@@ -102,6 +102,13 @@ def test_links_and_images_lead_somewhere(page):
         assert not anchor or anchor in anchors_of(place), f"{page.name} leads to {target}, which has no such heading"
 
 
+def test_every_page_is_in_the_site_s_navigation():
+    """`make docs` checks it too, with what it needs installed."""
+    listed = re.findall(r"^ +- .*: (\w+)\.md$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    assert sorted(set(listed)) == sorted(listed)
+    assert {page.stem for page in (ROOT / "docs").glob("*.md")} <= set(listed)
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
 
