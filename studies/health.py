@@ -123,7 +123,7 @@ def stock(folder: Path) -> dict[str, Path]:
             **options,
         )
         trainer = trainer_class(
-            MODEL_PATH, alliteration_reward, args=args, train_dataset=Dataset.from_dict({"prompt": [PROMPT] * 64})
+            str(MODEL_PATH), alliteration_reward, args=args, train_dataset=Dataset.from_dict({"prompt": [PROMPT] * 64})
         )
         trainer.train()
         trainer.save_state()

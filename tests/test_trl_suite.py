@@ -1,4 +1,4 @@
-"""TRL's own tests of its two trainers with this package's callbacks in each: what passes without them passes with them.
+"""TRL's own tests of its trainers with this package's callbacks in each: what passes without passes with them.
 
     TRL_SOURCE=../trl pytest -s tests/test_trl_suite.py
 
