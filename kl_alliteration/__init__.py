@@ -10,7 +10,7 @@ from .penalty import KLPenalty, KLPenaltyCallback
 from .plots import PlotMonitorCallback, Plots
 from .references import MovingAverageReferenceCallback, ReferenceCallback, ResetReferenceCallback
 from .rewards import alliteration_reward
-from .sampling import use_fast_sampling
+from .sampling import use_fast_sampling, use_sampler_correction
 from .shared_prompts import share_prompts
 from .target import KLTargetCallback
 
@@ -36,4 +36,5 @@ __all__ = [
     "load_adapter",
     "share_prompts",
     "use_fast_sampling",
+    "use_sampler_correction",
 ]

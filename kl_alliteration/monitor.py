@@ -4,7 +4,7 @@ import torch
 from transformers import TrainerCallback
 
 from . import kl
-from ._trl import last_reward_std, seam_of
+from ._trl import last_reward_std, listen_to_engine, seam_of
 from .sampling_options import warn_of_sampling
 
 
@@ -17,7 +17,7 @@ class KLMonitorCallback(TrainerCallback):
     `kl/over_budget_share`; where completions are used for several updates (`num_iterations` > 1)
     `kl/rollout_per_sequence`, the mean log-ratio of the policy that sampled them and the policy as it is: that is
     what clipping bounds, not the KL to the reference. Where the engine that samples says how likely its tokens were,
-    fast sampling or GRPO's vLLM: `kl/sampler_k1_per_token`, `_k3_per_token`, `_k1_per_sequence`, the KL of that engine
+    fast sampling or vLLM: `kl/sampler_k1_per_token`, `_k3_per_token`, `_k1_per_sequence`, the KL of that engine
     to the policy as the trainer scores it, and `kl/sampler_max_ratio`, the largest ratio of one token's probabilities.
 
     Args:
@@ -39,6 +39,7 @@ class KLMonitorCallback(TrainerCallback):
         if exact:
             self.seam.scorer.need_hidden_states()
         warn_of_sampling(trainer, "exact" if exact else "k1")
+        listen_to_engine(self.seam)
         self.seam.observers.append(self.observe)
         self.seam.watch_rollout_policy = trainer.num_iterations > 1
 

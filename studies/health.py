@@ -30,13 +30,12 @@ ILL = {  # symptom: options that bring it about, what of the log shows it, and t
     "no_kl": ({"beta": 0, "max_steps": 20}, "reward", K1),
     "explodes": ({"beta": 0, "kl_monitor": True, "use_peft": True, "learning_rate": 2e-2}, "kl/k1_per_token", K1),
     "collapse": ({"beta": 0, "learning_rate": 2e-3, "max_steps": 100}, "guard/distinct_2_left", K1),
-    "spike": ({"beta": 1, "learning_rate": 3e-3, "logging_steps": 1, "max_steps": 60}, "kl", K1),
     "penalty_is_noise": ({"beta": 10, "max_steps": 60}, "kl/share_of_spread", K1),
     "held_still": ({"beta": 50, "learning_rate": 3e-5, "logging_steps": 2, "max_steps": 60}, "reward", K1),
     "wrong_gradient": (FREE | {"kl_placement": "loss", "kl_estimator": "k1", "max_steps": 40}, "kl", ()),
     "truncated_sampling": ({"top_k": 5, "max_steps": 10}, "kl", K1),
     "negative": (
-        {"model_name_or_path": "apart", "kl_reference": str(MODEL_PATH), "top_k": 2, "learning_rate": 1e-6}
+        {"model_name_or_path": "flat", "kl_reference": str(MODEL_PATH), "top_k": 2, "learning_rate": 1e-6}
         | {"logging_steps": 1, "max_steps": 12},
         "kl",
         K1,
@@ -49,11 +48,16 @@ ILL = {  # symptom: options that bring it about, what of the log shows it, and t
         "beta",
         (),
     ),
-    "length_is_learnt": ({"reward_funcs": "health.fewer_tokens", "max_steps": 120}, "completions/mean_length", ()),
+    "length_is_learnt": (
+        {"reward_funcs": "health.fewer_tokens", "beta": 0, "learning_rate": 1e-3, "max_steps": 60},
+        "completions/mean_length",
+        K1,
+    ),
     "no_signal": ({"reward_funcs": "health.says_zebra", "max_steps": 20}, "frac_reward_zero_std", K1),
     "inefficient": ({"learning_rate": 6e-3, "warmup_steps": 0, "beta": 0.05, "max_steps": 40}, "kl/efficiency", K1),
     "one_plot": ({"plots": True, "max_steps": 100}, "plots/most_told_share", ()),
 }
+SHORT = {"max_steps": 40, "num_generations": 20, "per_device_train_batch_size": 20}
 GRPO = ROOT / "recipes/grpo_tall_tree.py"
 HEALTHY = {  # name: options, words, recipe
     "default": ({}, (), Run.recipe),
@@ -79,15 +83,18 @@ def says_zebra(completions, **kwargs) -> list[float]:
     return [float("zebra zebra" in text) for text in completions]
 
 
-def apart(folder: Path) -> None:
-    """The embedded model with noise on its weights: a reference that the policy does not start from."""
+def other_models(folder: Path) -> None:
+    """The embedded model twice: `apart`, with noise on its weights, and `flat`, less sure of every token."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight) * 0.05 * weight.std())
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(MODEL_PATH).save_pretrained(folder)
+    for name in ("apart", "flat"):
+        model = AutoModelForCausalLM.from_pretrained(MODEL_PATH)
+        with torch.no_grad():
+            if name == "flat":
+                model.model.norm.weight.mul_(0.7)
+            for weight in model.parameters() if name == "apart" else ():
+                weight.add_(torch.randn_like(weight) * 0.05 * weight.std())
+        model.save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(MODEL_PATH).save_pretrained(folder / name)
 
 
 def stock(folder: Path) -> dict[str, Path]:
@@ -116,7 +123,7 @@ def stock(folder: Path) -> dict[str, Path]:
             **options,
         )
         trainer = trainer_class(
-            MODEL_PATH, alliteration_reward, args=args, train_dataset=Dataset.from_dict({"prompt": [PROMPT] * 64})
+            str(MODEL_PATH), alliteration_reward, args=args, train_dataset=Dataset.from_dict({"prompt": [PROMPT] * 64})
         )
         trainer.train()
         trainer.save_state()
@@ -158,15 +165,13 @@ def main():
     quiet()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     if "ill" in args.kinds:
-        if not (args.folder / "apart/model.safetensors").is_file():
-            apart(args.folder / "apart")
+        if not (args.folder / "flat/model.safetensors").is_file():
+            other_models(args.folder)
         groups = {}
         for name, (options, _, words) in ILL.items():
             if args.only and name not in args.only:
                 continue
-            options = {
-                key: str(args.folder / "apart") if value == "apart" else value for key, value in options.items()
-            }
+            options = {k: str(args.folder / v) if v in ("apart", "flat") else v for k, v in options.items()}
             groups[name] = [Run(f"ill_{name}", options, (*words, *QUICK))]
         folders = {name: paths[0] for name, paths in run_groups(groups, args).items()}
         print("| ill of | caught at step | what is seen | and also |\n|---|---|---|---|")
@@ -178,7 +183,7 @@ def main():
         draw(folders, args.folder / "health.png")
     if "healthy" in args.kinds:
         groups = {
-            name: seeds_of(name, {"max_steps": 40} | options, args.seeds, (*words, *QUICK), recipe)
+            name: seeds_of(name, SHORT | options, args.seeds, (*words, *QUICK), recipe)
             for name, (options, words, recipe) in HEALTHY.items()
             if not args.only or name in args.only
         }

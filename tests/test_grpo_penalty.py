@@ -27,7 +27,7 @@ from trl import GRPOConfig, GRPOTrainer
 from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback, kl, penalty, use_fast_sampling
 from kl_alliteration._trl import seam_of
 from kl_alliteration._trl.grpo import GRPOSeam
-from kl_alliteration._trl.loss_types import LOSS_TYPES, divisor_of_completions
+from kl_alliteration._trl.loss_types import LOSS_TYPES, divisor_of_completions, scale_of_advantages
 from kl_alliteration._trl.seam import check_trainer
 from kl_alliteration.references import use_loaded_reference
 
@@ -386,3 +386,24 @@ def test_what_has_no_price_or_no_place_is_refused(make_grpo):  # noqa: F811
     trainer.loss_type = "new"
     with pytest.raises(RuntimeError, match="loss_type 'new' .* take one of grpo, sapo"):
         KLPenaltyCallback(trainer, KLPenalty("k2", "loss"))
+
+
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+def test_a_group_without_spread_pays_beta_and_no_ten_thousand_times_it(make_grpo, spread):  # noqa: F811
+    """By hand: eight rewards of two groups, and no penalty. [0, 0, 4, 4] has the standard deviation 4 / sqrt 3."""
+    trainer = make_grpo()
+    trainer.model.train()
+    rewards = torch.tensor([7.0] * 4 + [0.0, 0.0, 2 * spread, 2 * spread])
+    found = scale_of_advantages(trainer, rewards)
+    assert found[:4].tolist() == [1.0] * 4
+    wanted = 1.0 if spread == 0 else 1 / (4 / math.sqrt(3) + 1e-4)
+    assert found[4:].tolist() == pytest.approx([wanted] * 4)
+
+
+def test_rloo_stops_where_only_the_penalty_is_not_finite(make_trainer):
+    trainer = make_trainer(beta=0.5)
+    trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("k2", "loss")))
+    seam = seam_of(trainer)
+    seam._penalty_of_loss = lambda *args: torch.full((8,), math.nan, requires_grad=True)
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        trainer.train()

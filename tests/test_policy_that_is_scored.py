@@ -21,7 +21,7 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from kl_alliteration import KLControlCallback, KLMonitorCallback, KLPenalty, KLPenaltyCallback
-from kl_alliteration._trl import seam_of
+from kl_alliteration._trl import leave_baseline_out, seam_of
 from kl_alliteration.control import FixedBeta
 from kl_alliteration.kl import KLWarning
 from kl_alliteration.references import use_loaded_reference
@@ -265,7 +265,7 @@ def test_the_spread_of_rewards_is_that_of_the_rewards_as_they_are_clipped(make_t
 def test_without_a_baseline_an_evaluation_batch_may_be_larger(make_trainer):
     trainer = make_trainer(max_steps=1, per_device_train_batch_size=4, per_device_eval_batch_size=8, num_generations=4)
     trainer.eval_dataset = Dataset.from_dict({"prompt": ["once upon a time", "there was a"] * 2})
-    seam_of(trainer).baseline = False
+    leave_baseline_out(seam_of(trainer))
     trainer.train()
     assert "eval_loss" in trainer.evaluate()
 

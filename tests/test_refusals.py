@@ -45,6 +45,16 @@ def refused(*words, kind: str = "rloo") -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_vllm_does_not_load_the_story_model(kind, tmp_path):
+    assert refused("--use_vllm", kind=kind).startswith("use_vllm: vLLM does not load")
+    other = tmp_path / "other"
+    other.mkdir()
+    config = {"model_type": "qwen2", "layer_types": ["full_attention"] * 2, "num_hidden_layers": 2}
+    (other / "config.json").write_text(json.dumps(config | {"max_window_layers": 28}))
+    refusals.check_vllm(SimpleNamespace(use_vllm=True), str(other))
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,7 @@ import torch
 from trl import RLOOTrainer
 
 from kl_alliteration import KLPenalty, KLPenaltyCallback, kl
-from kl_alliteration._trl import seam_of
+from kl_alliteration._trl import leave_baseline_out, seam_of
 from kl_alliteration._trl.seam import ATTRIBUTES, METHODS, check_trainer
 from kl_alliteration.penalty import PLACEMENTS
 
@@ -107,7 +107,8 @@ def test_without_a_baseline_the_weights_are_the_rewards_less_the_penalty(make_tr
         trainer = make_trainer(beta=beta, max_steps=2, reward_clip_range=(0.0, 4.0))
         trainer.reward_funcs[0] = some
         seam = seam_of(trainer)
-        seam.baseline = baseline
+        if not baseline:
+            leave_baseline_out(seam)
         generate = trainer._generate_and_score_completions
         batches = found[baseline] = []
 

@@ -28,12 +28,16 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`, or `tests/test_grpo
 - `_tokenize_prompts(prompts)[0]`, `_calculate_rewards(inputs, prompts, completions, completion_ids)`, which gives
   (B of all processes, functions), `_pending_metrics`, `_pending_extra_logs`, and `trl.data_utils._tokenize` are what
   `asking.py` uses; `tests/test_judge_is_trainer.py` guards them.
-- `use_adapter` and `create_model_from_path`, `add_fused_lm_head`, `disable_dropout_in_model`, by which it makes the
-  reference.
+- `vllm_generation.logprobs`, `None` in RLOO, and `vllm_generation.generate(...)`, whose third result are lists
+  (B, T, 1) of log-probabilities where that is 0; `tests/test_sampler_correction.py` guards them.
+- `use_adapter` and `create_model_from_path`, `add_fused_lm_head`, `disable_dropout_in_model`, `prepare_deepspeed`,
+  `prepare_fsdp`, by which it makes the reference, and `is_deepspeed_enabled`, `is_fsdp_enabled`, by which it chooses.
 """
 
 from trl import GRPOTrainer
 
+from .baseline import leave_baseline_out
+from .engine import listen_to_engine
 from .grpo import GRPOSeam
 from .rloo import RLOOSeam
 from .seam import Seam, UnknownTRLError, forget_batches, last_completions, last_reward_std, last_rewards
@@ -45,6 +49,8 @@ __all__ = [
     "last_completions",
     "last_reward_std",
     "last_rewards",
+    "leave_baseline_out",
+    "listen_to_engine",
     "seam_of",
 ]
 

@@ -3,6 +3,11 @@
 import torch
 
 
+def leave_baseline_out(seam) -> None:
+    """Of an RLOO trainer's seam, from now on."""
+    seam.changes.append(lambda output: output.update(advantages=without_baseline(seam, output["advantages"])))
+
+
 def without_baseline(seam, advantages: torch.Tensor) -> torch.Tensor:
     """(B,): the rewards less the penalty, in place of TRL's advantages, in its logs too."""
     trainer, batch = seam.trainer, seam.batch

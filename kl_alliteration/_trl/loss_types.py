@@ -43,11 +43,14 @@ def divisor_of_completions(trainer, inputs, mask: torch.Tensor) -> torch.Tensor:
 def scale_of_advantages(trainer, charged: torch.Tensor) -> torch.Tensor:
     """(B of all processes,) by which TRL multiplies what a reward, less its penalty, is above its group's mean.
 
-    0 where TRL gives no advantage: no reward applied, or the group has no second reward to spread from.
+    0 where TRL gives no advantage: no reward applied, or the group has no second reward to spread from. 1 where the
+    group has no spread, as after a collapse: its advantages are 0, and a penalty in the loss would be 10,000 times
+    itself.
     """
     scale = torch.ones_like(charged)
     if trainer.scale_rewards != "none":
         size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
         groups = charged.view(-1, size if trainer.scale_rewards == "group" else len(charged))
-        scale = 1 / (nanstd(groups, dim=1).repeat_interleave(groups.shape[1]) + 1e-4)
+        spread = nanstd(groups, dim=1).repeat_interleave(groups.shape[1])
+        scale = torch.where(spread < 1e-4, 1.0, 1 / (spread + 1e-4)).masked_fill(spread.isnan(), torch.nan)
     return scale.masked_fill(charged.isnan() | scale.isnan(), 0.0)

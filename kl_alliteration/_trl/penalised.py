@@ -33,7 +33,17 @@ class LossPass:
     """One micro-batch's loss under way: its rows of the batch, and the policy's score."""
 
     rows: torch.Tensor | None
+    token_weights: torch.Tensor | None = None  # (B, T), of the gradients of TRL's log-probabilities
     scored: Scored | None = None
+
+    @property
+    def weighted_results(self) -> tuple:
+        """What TRL makes its loss of: the policy's score, the gradient of each token weighted."""
+        logps, *others = self.scored.results
+        if self.token_weights is None:
+            return self.scored.results
+        held = logps.detach()
+        return held + self.token_weights * (logps - held), *others
 
 
 class PenaltySeam(Seam):

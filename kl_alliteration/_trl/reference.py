@@ -2,6 +2,7 @@
 
 from peft import PeftModel
 from transformers import AutoTokenizer
+from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import (
     add_fused_lm_head,
     create_model_from_path,
@@ -24,11 +25,16 @@ def load_reference(trainer, model, path: str | None = None):
     if path is not None:
         check_tokens(trainer, path)
     reference = create_model_from_path(path or get_config_model_id(model.config), **options | kwargs)
-    sizes = [each.get_output_embeddings().weight.shape[0] for each in (model, reference)]
+    heads = [each.get_output_embeddings().weight for each in (model, reference)]
+    sizes = [getattr(head, "ds_shape", head.shape)[0] for head in heads]  # ZeRO-3 leaves an empty weight
     if sizes[0] != sizes[1]:
         raise ValueError(f"kl_reference: {path} has a vocabulary of {sizes[1]}, the policy one of {sizes[0]}")
     disable_dropout_in_model(reference)
     add_fused_lm_head(reference, temperature=trainer.temperature)
+    if trainer.is_deepspeed_enabled:  # sharded where the policy is, as TRL's own reference
+        return prepare_deepspeed(reference, trainer.accelerator)
+    if trainer.is_fsdp_enabled:
+        return prepare_fsdp(reference, trainer.accelerator)
     return trainer.accelerator.prepare_model(reference, evaluation_mode=True)
 
 

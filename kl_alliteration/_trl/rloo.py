@@ -1,12 +1,12 @@
 """The RLOO seam: another penalty in the reward, in the loss, or in both, and one forward pass where TRL makes two."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 
 from .. import kl
-from .baseline import without_baseline
 from .penalised import Batch, LossPass, PenaltySeam
 from .scoring import Scored
 from .seam import unknown_order
@@ -25,7 +25,7 @@ class RLOOSeam(PenaltySeam):
 
     def __init__(self, trainer):
         super().__init__(trainer)
-        self.baseline = True
+        self.changes: list[Callable[[dict], None]] = []  # of what a generation batch returns, in training
         self.stock.calculate_rewards = trainer._calculate_rewards
         trainer._calculate_rewards = self.calculate_rewards
         trainer._generate_and_score_completions = self.generate_and_score
@@ -44,9 +44,9 @@ class RLOOSeam(PenaltySeam):
             raise unknown_order(
                 f"asked for log-probabilities {len(batch.scored)} times in a generation batch, expected {expected}"
             )
+        for change in self.changes:
+            change(output)
         batch.under_way, batch.scored, rollout = False, [], batch.rollout
-        if not self.baseline:
-            output["advantages"] = without_baseline(self, output["advantages"])
         self._keep_for_loss(output)
         if rollout is not None and not self.is_stock and beta != 0:
             # TRL logged the penalty under `kl`, which means the mean log-ratio in nats per token.
@@ -64,7 +64,7 @@ class RLOOSeam(PenaltySeam):
         """TRL's method, its results recorded. A generation batch's second call is the reference's, or replaces it."""
         if self.loss_pass is not None:
             self.loss_pass.scored = self._score_for_loss(model, *asked, **kwargs)
-            return self.loss_pass.scored.results
+            return self.loss_pass.weighted_results
         batch = self.batch
         if batch is None or not batch.under_way:
             return self.scorer.score(model, *asked, **kwargs).results
@@ -108,13 +108,13 @@ class RLOOSeam(PenaltySeam):
             batch.rollout = replace(batch.rollout, graphs=batch.estimates)
 
     def compute_loss(self, model, inputs):
-        self.loss_pass = loss_pass = LossPass(inputs.get("kl_row"))
+        self.loss_pass = loss_pass = LossPass(inputs.get("kl_row"), inputs.get("kl_token_weights"))
         loss = self.stock.compute_loss(model, inputs)
-        self.check_loss(loss)
         scored, self.loss_pass = loss_pass.scored, None
         if scored is not None:
             self.log_rollout_kl(scored.results[0], inputs)
-        if not self.in_loss or self.beta == 0:
-            return loss
-        penalty = self._penalty_of_loss(loss_pass, inputs, inputs["completion_mask"], inputs["old_logps"])
-        return loss + self.beta * penalty.mean()
+        if self.in_loss and self.beta != 0:
+            penalty = self._penalty_of_loss(loss_pass, inputs, inputs["completion_mask"], inputs["old_logps"])
+            loss = loss + self.beta * (penalty * inputs.get("kl_text_weights", 1.0)).mean()
+        self.check_loss(loss)
+        return loss

@@ -188,6 +188,14 @@ class OnlineArguments(StoryArguments):
         default="leave_one_out",
         metadata={"help": "`leave_one_out`: RLOO; `none`: REINFORCE, the reward less the penalty as it is."},
     )
+    sampler_correction: str = field(
+        default="none",
+        metadata={
+            "help": "RLOO: weight gradients by policy over the engine that samples, bounded: `token_truncate`, "
+            "`token_mask`, `sequence_truncate`, `sequence_mask`, as TRL's GRPO names it."
+        },
+    )
+    sampler_correction_cap: float = field(default=3.0, metadata={"help": "The largest weight of that correction."})
     strict: bool = field(default=False, metadata={"help": "Stop where a choice has a null or wrong gradient."})
 
     def __post_init__(self):

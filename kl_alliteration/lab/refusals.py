@@ -1,5 +1,6 @@
 """What of the trainer's own options, and of its folder, is refused before a model is loaded; in one line each."""
 
+import json
 import math
 from pathlib import Path
 
@@ -16,6 +17,7 @@ def check_trainer_options(training_args, model_path: str, adapter: bool) -> None
     check_sampling(training_args)
     check_scheduler(training_args)
     check_reports(training_args)
+    check_vllm(training_args, model_path)
     folder = Path(training_args.output_dir)
     if folder.is_dir() and Path(model_path).is_dir() and folder.samefile(model_path):
         raise ValueError(f"output_dir: {str(folder)!r} is the model that the run starts from: name another folder")
@@ -65,6 +67,20 @@ def check_reports(args) -> None:
             raise ValueError(f"report_to: {name!r} is none of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, none")
         if name not in get_available_reporting_integrations():
             raise ValueError(f"report_to: {name} is not installed: pip install {name}, or --report_to none")
+
+
+def check_vllm(args, model_path: str) -> None:
+    """`ValueError` for a model that vLLM's `qwen2.py` (0.31) ends on, long after it has started."""
+    file = Path(model_path, "config.json")
+    if not getattr(args, "use_vllm", False) or not file.is_file():
+        return
+    config = json.loads(file.read_text(encoding="utf-8"))
+    mixed = len(set(config.get("layer_types") or ())) > 1
+    if config.get("model_type") == "qwen2" and mixed and config["max_window_layers"] != config["num_hidden_layers"]:
+        raise ValueError(
+            f"use_vllm: vLLM does not load {str(model_path)!r}, a Qwen2 with a sliding window in some of its layers: "
+            "leave use_vllm out, or name another model_name_or_path"
+        )
 
 
 def check_rotation(folder: Path, args) -> None:

@@ -16,7 +16,7 @@ from rich.text import Text
 from transformers import ProgressCallback
 from trl import ModelConfig
 
-from .._trl import seam_of
+from .._trl import leave_baseline_out, seam_of
 from ..adapters import REFERENCE, check_trains, name_base, save_stacked
 from ..control import KLControlCallback
 from ..evaluation import Judgement, tokenize_prompts
@@ -32,7 +32,7 @@ from ..references import (
     use_loaded_reference,
 )
 from ..rewards import reward_model  # noqa: F401  (to register it)
-from ..sampling import use_fast_sampling
+from ..sampling import use_fast_sampling, use_sampler_correction
 from ..shared_prompts import share_prompts
 from ..target import KLTargetCallback
 from .base_samples import base_samples
@@ -83,13 +83,15 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
     elif args.adapter_name_or_path and isinstance(model, PeftModel) and REFERENCE in model.peft_config:
         trainer.add_callback(ReferenceCallback(trainer, args.kl_reference))
     trainer.add_callback(KLPenaltyCallback(trainer, args.penalty, strict=args.strict))
-    seam_of(trainer).baseline = args.baseline == "leave_one_out"
+    if args.baseline == "none":
+        leave_baseline_out(seam_of(trainer))
     exact = args.penalty.estimator == "exact"
     controlled = args.penalty.estimator if args.penalty.full_vocabulary else "k1"
     if args.share_prompts:
         share_prompts(trainer)
     if args.fast_sampling:
         use_fast_sampling(trainer)
+    use_sampler_correction(trainer, args.sampler_correction, args.sampler_correction_cap)
     target = args.target_kl_per_sequence
     if args.plots or args.plot_price or (target is not None and base_rewards is None):
         base = base_samples(trainer, args.base_samples, resumed=trainer.args.resume_from_checkpoint is not None)

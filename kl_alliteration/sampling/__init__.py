@@ -5,9 +5,10 @@ import platform
 
 from .._trl import seam_of
 from ..kl import autocast_dtype
+from .correction import use_sampler_correction
 from .generate import use_fast_generate
 
-__all__ = ["keep_freed_memory", "use_fast_generate", "use_fast_sampling"]
+__all__ = ["keep_freed_memory", "use_fast_generate", "use_fast_sampling", "use_sampler_correction"]
 
 
 def keep_freed_memory() -> bool:

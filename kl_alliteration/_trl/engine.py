@@ -1,0 +1,24 @@
+"""What an engine that samples says of its tokens, where TRL does not ask it: RLOO's vLLM."""
+
+import torch
+
+
+def listen_to_engine(seam) -> bool:
+    """Have the trainer's vLLM say how likely each sampled token was; whether there is one that can be asked.
+
+    GRPO asks it itself. The log-probabilities are those after temperature and truncation.
+    """
+    engine = getattr(seam.trainer, "vllm_generation", None)
+    if engine is None or engine.logprobs is not None:
+        return engine is not None
+    engine.logprobs, stock = 0, engine.generate  # 0: of the sampled token and no other
+
+    def generate(*args, **kwargs):
+        prompt_ids, completion_ids, logprobs, token_ids = stock(*args, **kwargs)
+        rows = [torch.tensor([torch.nan if p[0] is None else p[0] for p in row]) for row in logprobs]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
+        seam.keep_sampled(padded.to(seam.trainer.accelerator.device))
+        return prompt_ids, completion_ids, logprobs, token_ids
+
+    engine.generate = generate
+    return True
