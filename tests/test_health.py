@@ -97,7 +97,7 @@ def said(caplog) -> list[str]:
 
 
 def test_the_callback_says_what_no_log_shows(make_trainer, caplog, tmp_path):
-    trainer = make_trainer(lora=LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"]), top_k=5)
+    trainer = make_trainer(lora=LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"]), top_k=5, temperature=0.9)
     with pytest.warns(UserWarning):
         trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("k1", "loss")))
     health = KLHealthCallback(trainer)
@@ -107,7 +107,7 @@ def test_the_callback_says_what_no_log_shows(make_trainer, caplog, tmp_path):
     lines = said(caplog)
     for name, seen in (
         ("wrong_gradient", "zero: only noise"),
-        ("truncated_sampling", "top_k=5"),
+        ("truncated_sampling", "top_k=5; healthy"),
         ("dropout", "q_proj"),
     ):
         assert sum(f"{name}: " in line and seen in line for line in lines) == 1

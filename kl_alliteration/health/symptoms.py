@@ -294,7 +294,7 @@ for known in (
         "truncated_sampling",
         "sampling from the policy itself",
         "Completions are drawn from another distribution than the one that is scored, so every sampled KL is biased.",
-        "temperature 1, top_p 1, top_k 0, min_p unset; or the exact KL.",
+        "top_p 1, top_k 0, min_p unset, no penalty of repetition; or the exact KL.",
     ),
     Symptom(
         "dropout",
