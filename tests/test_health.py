@@ -58,7 +58,7 @@ BY_HAND = {
     "collapse": ({"entropy": lambda i: 1.4 if i < 3 else 0.6}, 30, {"entropy": lambda i: 1.4 if i < 3 else 0.8}),
     "one_plot": ({"plots__most_told_share": 0.6, "plots__effective": 9.0}, 15, {"plots__most_told_share": 0.4}),
     "no_signal": ({"frac_reward_zero_std": 0.9}, 15, {"frac_reward_zero_std": 0.7}),
-    "inefficient": ({"kl__efficiency": 0.09}, 30, {"kl__efficiency": lambda i: 0.11 if i % 5 == 0 else 0.0}),
+    "inefficient": ({"kl__efficiency": 0.09}, 30, {"kl__efficiency": lambda i: 0.008 * i}),
 }
 
 

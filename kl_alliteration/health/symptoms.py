@@ -271,13 +271,14 @@ def _no_signal(log: Log) -> str | None:
 
 @symptom(
     "inefficient",
-    "above 0.1",
+    "above 0.1, or rising",
     "The KL buys little reward: nats go into noise, most often by too large steps.",
     "A smaller learning rate, longer warm-up, larger groups, the exact KL in both (docs/control.md).",
 )
 def _inefficient(log: Log) -> str | None:
-    values = log.finite("kl/efficiency")[-2 * FEW :]  # on the way up it is low for a while
-    if len(values) == 2 * FEW and max(values) < 0.1:
+    values = log.finite("kl/efficiency")[-2 * FEW :]
+    # While a run learns it is low, and rises.
+    if len(values) == 2 * FEW and max(values) < 0.1 and sum(values[FEW:]) <= sum(values[:FEW]):
         return f"the reward could have cost {statistics.fmean(values):.2f} of the KL"
     return None
 
