@@ -54,7 +54,11 @@ ILL = {  # symptom: options that bring it about, what of the log shows it, and t
         K1,
     ),
     "no_signal": ({"reward_funcs": "health.says_zebra", "max_steps": 20}, "frac_reward_zero_std", K1),
-    "inefficient": ({"learning_rate": 6e-3, "warmup_steps": 0, "beta": 0.05, "max_steps": 40}, "kl/efficiency", K1),
+    "inefficient": (
+        {"learning_rate": 2e-3, "warmup_steps": 0, "num_generations": 10, "per_device_train_batch_size": 10},
+        "kl/efficiency",
+        (),
+    ),
     "one_plot": ({"plots": True, "max_steps": 100}, "plots/most_told_share", ()),
 }
 SHORT = {"max_steps": 40, "num_generations": 20, "per_device_train_batch_size": 20}
