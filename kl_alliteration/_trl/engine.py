@@ -15,9 +15,9 @@ def listen_to_engine(seam) -> bool:
 
     def generate(*args, **kwargs):
         prompt_ids, completion_ids, logprobs, token_ids = stock(*args, **kwargs)
-        rows = [torch.tensor([torch.nan if p[0] is None else p[0] for p in row]) for row in logprobs]
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
-        seam.keep_sampled(padded.to(seam.trainer.accelerator.device))
+        device = seam.trainer.accelerator.device
+        rows = [torch.tensor([torch.nan if p[0] is None else p[0] for p in row], device=device) for row in logprobs]
+        seam.keep_sampled(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))  # (B, T)
         return prompt_ids, completion_ids, logprobs, token_ids
 
     engine.generate = generate
