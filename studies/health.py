@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from kl_alliteration.health import diagnose, read_entries, read_findings
+from kl_alliteration.health import examine
+from kl_alliteration.health.log import read_entries
 from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.lab.sweep import ROOT, Run, seeds_of
 from kl_alliteration.rewards import alliteration_reward
@@ -135,9 +136,8 @@ def stock(folder: Path) -> dict[str, Path]:
 
 
 def found_in(folder: Path) -> dict:
-    """By symptom, as the command finds them: the log's, and what the run's own callback saw."""
-    entries, _ = read_entries(folder)
-    return {each.symptom: each for each in (*diagnose(entries), *read_findings(folder))}
+    """By symptom, as the command finds them."""
+    return {each.symptom: each for each in examine(folder).findings}
 
 
 def draw(folders: dict[str, Path], path: Path) -> None:

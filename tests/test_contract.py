@@ -66,8 +66,11 @@ def enumerated(enumerated_model, tmp_path, monkeypatch):
     return make
 
 
-def trained_gradient(trainer, completions=FIXED) -> torch.Tensor:
-    """E[gradient of the loss] / beta over all completions: with no reward but the penalty, that of E[penalty]."""
+def trained_gradient(trainer, completions=FIXED, sampled: torch.Tensor | None = None) -> torch.Tensor:
+    """E[gradient of the loss] / beta over all completions: with no reward but the penalty, that of E[penalty].
+
+    Each completion has the probability (B,) of `sampled`, by default the policy's own.
+    """
     n = len(completions)
     trainer.model.train()
     batch = trainer._generate_and_score_completions([{"prompt": "b c"}] * n)
@@ -81,7 +84,7 @@ def trained_gradient(trainer, completions=FIXED) -> torch.Tensor:
         gradient = [
             torch.zeros_like(p) if g is None else g for g, p in zip(gradient, parameters(trainer), strict=True)
         ]
-        total = total + batch["old_logps"][i].exp() * flat(gradient)
+        total = total + (batch["old_logps"].exp() if sampled is None else sampled)[i] * flat(gradient)
     return total / BETA
 
 

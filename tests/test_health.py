@@ -14,7 +14,7 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from kl_alliteration import KLHealthCallback, KLPenalty, KLPenaltyCallback
-from kl_alliteration.health import SYMPTOMS, Finding, diagnose, read_entries, summary
+from kl_alliteration.health import SYMPTOMS, Examined, Finding, diagnose, examine
 
 
 def entries(count: int = 12, every: int = 5, **series) -> list[dict]:
@@ -83,8 +83,8 @@ def test_a_healthy_log_has_none_and_each_is_said_once():
     assert diagnose(entries(60)) == []
     found = diagnose(entries(60, beta=0.0, kl__share_of_spread=0.9))
     assert [(each.symptom, each.step) for each in found] == [("no_kl", 15), ("penalty_is_noise", 15)]
-    assert summary(found, 300) == "KL health after 300 steps: 1 alarm: penalty_is_noise; to know: no_kl"
-    assert summary([], 300) == "KL health after 300 steps: no alarm"
+    assert Examined(300, found).in_words() == "KL health after 300 steps: 1 alarm: penalty_is_noise; to know: no_kl"
+    assert Examined(300, []).in_words() == "KL health after 300 steps: no alarm"
 
 
 def test_evaluations_and_the_last_entry_are_passed_over():
@@ -213,6 +213,6 @@ def test_what_is_no_run_is_said_in_one_line(tmp_path, content, message):
         for name, text in content.items():
             (folder / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_entries(folder)
+        examine(folder)
     found = command(folder)
     assert found.returncode == 2 and len(found.stderr.splitlines()) == 1 and not found.stdout

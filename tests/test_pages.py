@@ -107,7 +107,7 @@ def test_every_page_shows_hostile_stories_as_their_text(tmp_path, tiny_model):
     )
     write_card(tmp_path, trainer, "none", ["reward"], judgement(before), judgement(after))
     values = {"title": "a_b", "head": ["run"], "rows": [["x | y"]], "missing": [], "notes": [], "figures": []}
-    values["health"] = [{"name": "a_b", "alarms": 1, "summary": "1 alarm", "lines": ["step 3, spike: '<b>*_`'"]}]
+    values["health"] = [{"name": "a_b", "alarmed": True, "summary": "1 alarm", "lines": ["step 3, spike: '<b>*_`'"]}]
     fill_template(tmp_path / "report.md", **values, stories={"before": before, "after": after})
     run = SimpleNamespace(kl=1.0, reward=2.0, folder=tmp_path)
     equal = {name: SimpleNamespace(texts=texts, **vars(run)) for name, texts in (("a", before), ("b", after))}

@@ -1,11 +1,14 @@
 """The page of a folder of runs: what is there is drawn, what is not is said."""
 
 import json
+import os
 import re
 import shutil
+import sys
 
 import pytest
 
+from kl_alliteration.lab import report
 from kl_alliteration.lab.report import PANELS, order_of_rewards, verdict, write_report
 from kl_alliteration.text import alliterating_words
 
@@ -39,7 +42,7 @@ def test_the_page_holds_table_figures_and_stories(tmp_path):
         ["beta 10", "as before", "10", "990", "1", "4.00"],
     ]
     assert page.count("plotly-graph-div") == 4  # reward, KL, entropy, reward over KL: no guard in these logs
-    assert page.count("KL health after 0 steps: no alarm") == 3
+    assert page.count("KL health after 3 steps: no alarm") == 3
     assert "share of different stories in a batch: not in any log" in page
     assert "<mark>tall</mark> <mark>t&lt;ree&gt;</mark> &amp; [b]tried[/b]" in page  # a story is no markup
     markdown = (tmp_path / "report.md").read_text()
@@ -82,6 +85,34 @@ def test_an_empty_folder_is_a_page_and_none_is_an_error(tmp_path):
         write_report(tmp_path / "nowhere")
 
 
+def test_the_folder_of_one_run_is_a_page_with_its_health(tmp_path):
+    run = a_run(tmp_path, "tall_seed_0", 0.1, 10.0)
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write('{"generations": 80, "reward": 9.0, "loss": null, "step": 4}\n')
+    page = write_report(run).read_text()
+    assert "<td>tall_seed_0</td>" in page and "KL health after 4 steps: 1 alarm: not_finite" in page
+    assert "step 4, not_finite: loss nan; healthy is finite" in page and page.count("plotly-graph-div") == 4
+
+
+def test_a_page_reloads_itself_while_a_run_trains(tmp_path, monkeypatch):
+    run = a_run(tmp_path, "half_seed_0", 0.2, 10.0, finished=False)
+    assert "http-equiv" in write_report(tmp_path).read_text()
+    waited = []
+
+    def sleep(seconds):  # in which the run comes to its end
+        waited.append(seconds)
+        shutil.copy(a_run(tmp_path / "made", "other", 0.2, 10.0) / "summary.json", run)
+
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path), "--watch", "7"])
+    report.main()
+    assert waited == [7] and "http-equiv" not in (tmp_path / "report.html").read_text()
+    (run / "summary.json").unlink()
+    long_ago = (run / "metrics.jsonl").stat().st_mtime - report.GROWS - 1
+    os.utime(run / "metrics.jsonl", (long_ago, long_ago))
+    assert "http-equiv" not in write_report(tmp_path).read_text()  # it was broken off
+
+
 @pytest.mark.parametrize(
     ("after", "says"),
     [
@@ -117,13 +148,15 @@ def test_a_browser_finds_each_figure_and_story(tmp_path):
         page.on("request", lambda request: asked.append(request.url[:5]))
         page.on("pageerror", lambda error: errors.append(error))
         page.goto(path.as_uri())
-        drawn = page.eval_on_selector_all("img", "all => all.filter(i => i.naturalWidth > 400).map(i => i.alt)")
+        page.wait_for_selector(".main-svg")
+        lines = "all => all.map(e => [e.querySelector('h2').innerText, e.querySelectorAll('.lines').length > 0])"
+        drawn = page.eval_on_selector_all(".figures section", lines)
         told = page.eval_on_selector_all("blockquote", "all => all.map(q => q.innerText)")
         marked = page.eval_on_selector_all("mark", "all => all.map(q => q.innerText)")
         wide = page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
         browser.close()
     labels = [label for _, label in list(PANELS.values())[:3]]
-    assert drawn == [*labels, "the KL beside the reward", "reward over KL per sequence"]
+    assert drawn == [[label, True] for label in (*labels, "reward over KL per sequence")]
     assert told == ["A tall t<ree> & [b]tried[/b]", "once upon"] * 2
     assert marked == ["tall", "t<ree>"] * 2
     assert set(asked) <= {"file:", "data:"} and not errors

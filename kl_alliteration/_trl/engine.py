@@ -3,14 +3,14 @@
 import torch
 
 
-def listen_to_engine(seam) -> bool:
-    """Have the trainer's vLLM say how likely each sampled token was; whether there is one that can be asked.
+def listen_to_engine(seam) -> None:
+    """Have the trainer's vLLM, where it has one, say how likely each sampled token was.
 
     GRPO asks it itself. The log-probabilities are those after temperature and truncation.
     """
     engine = getattr(seam.trainer, "vllm_generation", None)
     if engine is None or engine.logprobs is not None:
-        return engine is not None
+        return
     engine.logprobs, stock = 0, engine.generate  # 0: of the sampled token and no other
 
     def generate(*args, **kwargs):
@@ -21,4 +21,3 @@ def listen_to_engine(seam) -> bool:
         return prompt_ids, completion_ids, logprobs, token_ids
 
     engine.generate = generate
-    return True

@@ -25,7 +25,7 @@ class RLOOSeam(PenaltySeam):
 
     def __init__(self, trainer):
         super().__init__(trainer)
-        self.changes: list[Callable[[dict], None]] = []  # of what a generation batch returns, in training
+        self.changes: list[Callable[[dict], None]] = []  # of what a generation batch returns
         self.stock.calculate_rewards = trainer._calculate_rewards
         trainer._calculate_rewards = self.calculate_rewards
         trainer._generate_and_score_completions = self.generate_and_score

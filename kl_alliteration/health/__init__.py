@@ -19,7 +19,7 @@ from ..text import as_text
 from .log import Log, read_entries
 from .symptoms import SYMPTOMS, Symptom
 
-__all__ = ["Finding", "KLHealthCallback", "SYMPTOMS", "Symptom", "diagnose", "read_entries", "summary"]
+__all__ = ["Examined", "Finding", "KLHealthCallback", "SYMPTOMS", "Symptom", "diagnose", "examine"]
 DOCS = "docs/health.md"
 FILE = "health.json"  # beside a run's log: what its callback found, of which a log does not show all
 SHOWN = 80  # characters of a text
@@ -67,6 +67,39 @@ def diagnose(entries: list[dict]) -> list[Finding]:
     return found
 
 
+@dataclass(frozen=True)
+class Examined:
+    """A run that was examined: how many steps its log has, and what was found, by step."""
+
+    steps: int
+    findings: list[Finding]
+
+    @property
+    def alarmed(self) -> bool:
+        return any(each.alarm for each in self.findings)
+
+    def in_words(self) -> str:
+        """One line: how many alarms, and of which symptoms."""
+        alarms, notes = ([each.symptom for each in self.findings if each.alarm is alarm] for alarm in (True, False))
+        count = {0: "no alarm", 1: "1 alarm"}.get(len(alarms), f"{len(alarms)} alarms")
+        words = f"KL health after {self.steps} steps: {count}" + (f": {', '.join(alarms)}" if alarms else "")
+        return words + (f"; to know: {', '.join(notes)}" if notes else "")
+
+
+def examine(path: str | Path) -> Examined:
+    """A run by its log, and by what its own callback found, which may have known earlier and has the text.
+
+    Args:
+        path (`str`): As for [`~health.log.read_entries`], which says what is not a run.
+    """
+    entries, folder = read_entries(path)
+    log = Log()
+    for entry in entries:
+        log.add(entry)
+    found = {each.symptom: each for each in (*diagnose(entries), *read_findings(folder))}
+    return Examined(log.step, sorted(found.values(), key=lambda each: each.step))
+
+
 def read_findings(folder: Path) -> list[Finding]:
     """What a run's own callback found; nothing where it had none."""
     try:
@@ -74,14 +107,6 @@ def read_findings(folder: Path) -> list[Finding]:
         return [Finding(**row) for row in rows if row["symptom"] in SYMPTOMS]
     except (OSError, ValueError, TypeError, KeyError):
         return []
-
-
-def summary(found: list[Finding], steps: int) -> str:
-    """One line: how many alarms, and of which symptoms."""
-    alarms, notes = ([each.symptom for each in found if each.alarm is alarm] for alarm in (True, False))
-    count = {0: "no alarm", 1: "1 alarm"}.get(len(alarms), f"{len(alarms)} alarms")
-    words = f"KL health after {steps} steps: " + ": ".join([count, *([", ".join(alarms)] if alarms else [])])
-    return words + (f"; to know: {', '.join(notes)}" if notes else "")
 
 
 class KLHealthCallback(TrainerCallback):
@@ -181,5 +206,5 @@ class KLHealthCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.write()
-            alarmed = any(each.alarm for each in self.findings)
-            (logger.warning if alarmed else logger.info)(summary(self.findings, state.global_step))
+            examined = Examined(state.global_step, self.findings)
+            (logger.warning if examined.alarmed else logger.info)(examined.in_words())

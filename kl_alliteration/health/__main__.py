@@ -11,8 +11,7 @@ where there is nothing to read. What each symptom means: docs/health.md.
 import argparse
 import sys
 
-from . import diagnose, read_entries, read_findings, summary
-from .log import Log
+from . import examine
 
 
 def main() -> None:
@@ -25,21 +24,15 @@ def main() -> None:
     alarmed = unread = False
     for run in parser.parse_args().runs:
         try:
-            entries, folder = read_entries(run)
+            examined = examine(run)
         except (ValueError, OSError) as error:
             print(f"{run}: {error}", file=sys.stderr)
             unread = True
             continue
-        log = Log()
-        for entry in entries:
-            log.add(entry)
-        # The callback may have known earlier, and with the text.
-        found = {each.symptom: each for each in (*diagnose(entries), *read_findings(folder))}
-        found = sorted(found.values(), key=lambda each: each.step)
-        print(f"{run}: {summary(found, log.step)}")
-        for each in found:
+        print(f"{run}: {examined.in_words()}")
+        for each in examined.findings:
             print(f"  {each.in_words()}")
-        alarmed |= any(each.alarm for each in found)
+        alarmed |= examined.alarmed
     sys.exit(2 if unread else int(alarmed))
 
 

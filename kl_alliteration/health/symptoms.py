@@ -52,7 +52,7 @@ def _no_kl(log: Log) -> str | None:
     if len(betas) >= FEW and not any(betas):
         return "beta 0 in every entry"
     rewards = log.all("reward")
-    if len(rewards) >= FEW and not any(name == "kl" or name.startswith("kl/") for name in log.values):
+    if len(rewards) >= FEW and not log.present(*KL_NAMES):
         return f"no kl in {len(rewards)} entries of the log"
     return None
 
@@ -77,7 +77,7 @@ def _not_finite(log: Log) -> str | None:
     "Look at the text. Clip gradients (max_grad_norm), warm up, use k1 or the exact KL in place of k3.",
 )
 def _spike(log: Log) -> str | None:
-    for name in log.present("kl", *KL_NAMES):
+    for name in log.present(*KL_NAMES):
         values = log.finite(name)
         if len(values) > 5 and values[-1] > max(0.05, 4 * max(values[-6:-1])):
             return f"{name} {values[-1]:.3g} nats per token after at most {max(values[-6:-1]):.3g}"
@@ -91,7 +91,7 @@ def _spike(log: Log) -> str | None:
     "Raise beta, or bound the KL by a budget or a target (docs/control.md); halve the learning rate.",
 )
 def _explodes(log: Log) -> str | None:
-    for name in log.present("kl", *KL_NAMES):
+    for name in log.present(*KL_NAMES):
         if (value := log.recent(name)) is not None and value > 0.5:
             return f"{name} {value:.3g} nats per token"
     return None

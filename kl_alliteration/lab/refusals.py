@@ -76,7 +76,8 @@ def check_vllm(args, model_path: str) -> None:
         return
     config = json.loads(file.read_text(encoding="utf-8"))
     mixed = len(set(config.get("layer_types") or ())) > 1
-    if config.get("model_type") == "qwen2" and mixed and config["max_window_layers"] != config["num_hidden_layers"]:
+    mixed = mixed and config.get("max_window_layers") != config["num_hidden_layers"]
+    if config.get("model_type") == "qwen2" and mixed:
         raise ValueError(
             f"use_vllm: vLLM does not load {str(model_path)!r}, a Qwen2 with a sliding window in some of its layers: "
             "leave use_vllm out, or name another model_name_or_path"

@@ -147,21 +147,19 @@ def stories(groups: dict[str, list[Path]]) -> dict[str, list[str]]:
 
 
 def health_of(run: Path) -> dict:
-    """What is to be said of a run's KL: its name, a line of summary, a line a finding, how many are alarms."""
-    entries = read_metrics(run)
-    found = {each.symptom: each for each in (*health.diagnose(entries), *health.read_findings(run))}.values()
-    found = sorted(found, key=lambda each: (not each.alarm, each.step))
-    steps = max((entry["step"] for entry in entries if "step" in entry), default=0)
-    return {
-        "name": run.name,
-        "alarms": sum(each.alarm for each in found),
-        "summary": health.summary(found, steps),
-        "lines": [each.in_words() for each in found],
-    }
+    """What is to be said of a run's KL: its name, whether there is an alarm, a line of summary, a line a finding."""
+    try:
+        examined = health.examine(run)
+    except ValueError:  # a log that holds nothing of training yet
+        examined = health.Examined(0, [])
+    lines = [each.in_words() for each in examined.findings]
+    return {"name": run.name, "alarmed": examined.alarmed, "summary": examined.in_words(), "lines": lines}
 
 
-def still_trains(run: Path) -> bool:
-    return read_summary(run) is None and time.time() - (run / "metrics.jsonl").stat().st_mtime < GROWS
+def still_trains(groups: dict[str, list[Path]]) -> bool:
+    """Whether any of these runs is not finished and has written lately."""
+    unfinished = (run for runs in groups.values() for run in runs if read_summary(run) is None)
+    return any(time.time() - (run / "metrics.jsonl").stat().st_mtime < GROWS for run in unfinished)
 
 
 def write_report(folder: str | Path, frontier_path: str | Path | None = None) -> Path:
@@ -214,9 +212,8 @@ def write_report(folder: str | Path, frontier_path: str | Path | None = None) ->
         "stories": stories(groups),
     }
     fill_template(folder / "report.md", figures=figures, **page)
-    growing = any(still_trains(run) for runs in groups.values() for run in runs)
-    path = folder / "report.html"
-    return fill_template(path, figures=drawn, plotly=curves.script(), growing=growing, **page)
+    page |= {"figures": drawn, "plotly": curves.script(), "growing": still_trains(groups)}
+    return fill_template(folder / "report.html", **page)
 
 
 def read_frontier(path: str | Path | None) -> tuple[list[dict], list[dict]]:
@@ -234,8 +231,8 @@ def main():
     parser.add_argument("--frontier", help="frontier.json of recipes/best_of_n.py")
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="write it again, while a run trains")
     args = parser.parse_args()
-    print(path := write_report(args.folder, args.frontier), flush=True)
-    while args.watch and "http-equiv" in path.read_text(encoding="utf-8"):
+    print(write_report(args.folder, args.frontier), flush=True)
+    while args.watch and still_trains(read_runs(Path(args.folder))[0]):
         time.sleep(args.watch)
         write_report(args.folder, args.frontier)
 

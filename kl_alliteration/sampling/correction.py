@@ -1,5 +1,7 @@
 """RLOO's correction for an engine that samples from another distribution than the policy that is trained."""
 
+import warnings
+
 import torch
 
 from .. import kl
@@ -60,6 +62,12 @@ def use_sampler_correction(trainer, correction: str = "sequence_truncate", cap: 
         sampled, mask = seam.batch.sampled, output["completion_mask"]
         logps = seam.batch.scored[0].logps
         if len(sampled) != 1 or sampled[0].shape != logps.shape:
+            warnings.warn(
+                f"sampler_correction {correction!r} does nothing: what samples does not say how likely its tokens "
+                "were. vLLM and use_fast_sampling do",
+                kl.KLWarning,
+                stacklevel=2,
+            )
             return
         weights = sampler_weights(logps, sampled[0].to(logps), mask, correction, cap)
         output["kl_token_weights"] = weights

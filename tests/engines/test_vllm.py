@@ -109,7 +109,6 @@ class Compared:
 
     def __init__(self, trainer):
         self.generate, self.said, self.off = trainer.vllm_generation.generate, [], []
-        trainer.vllm_generation.logprobs = 0  # of the sampled token; RLOO asks for none
         trainer.vllm_generation.generate = self.spy
         seam_of(trainer).observers.append(self.observe)
 
@@ -126,6 +125,8 @@ class Compared:
         ]
         assert len(pairs) == rollout.completion_mask.sum()
         self.off.append(max(pairs).item())
+        said = (rollout.sampler_logps - rollout.logps) * rollout.completion_mask
+        assert said.abs().max().item() == pytest.approx(self.off[-1], abs=1e-9)  # what the monitor is told of it
 
 
 @pytest.mark.parametrize(
@@ -152,9 +153,11 @@ def test_every_penalty_on_what_vllm_sampled(make, name, lora, dtype):
     assert not [each for each in health.findings if each.symptom in ("dropout", "truncated_sampling", "not_finite")]
     if "budget" in name:
         assert len(logged(trainer, "kl/over_budget_share")) == 3
+    sampler = [max(map(abs, logged(trainer, f"kl/sampler_{each}"))) for each in ("k1_per_token", "max_ratio")]
+    assert len(logged(trainer, "kl/sampler_k1_per_token")) == 3
     print(
         f"\n{name}, {'LoRA' if lora else 'full'}, {dtype}: engine against trainer, largest of a token "
-        f"{max(compared.off):.1e} nats, exact KL {exact[-1]:.4f} per token, {time.monotonic() - began:.0f} s"
+        f"{max(compared.off):.1e} nats, kl/sampler_k1_per_token {sampler[0]:.1e}, ratio {sampler[1]:.6f}, exact KL {exact[-1]:.4f} per token, {time.monotonic() - began:.0f} s"
     )
     bound = 1e-4 if dtype == "float32" else 0.02
     # A token of weights that were not synced is off by the KL's square root and more.
@@ -203,11 +206,15 @@ def test_changed_weights_are_in_the_next_sample(make, engine_model, tmp_path, lo
 
     trainer = make(lora, folder, reward_funcs=remembered, learning_rate=0.0)
     trainer.add_callback(Turn(trainer, lora))
+    trainer.add_callback(KLMonitorCallback(trainer))
     if not synced:
         trainer.vllm_generation.sync_weights = lambda: None
     trainer.train()
     assert len(heard[0]) > 5
     assert heard[1] <= {"tree", "sky"} if synced else len(heard[1]) > 5
+    sampler = logged(trainer, "kl/sampler_k1_per_token")  # the log shows it in the step after
+    print(f"\n{'LoRA' if lora else 'full'}, {'synced' if synced else 'not synced'}: kl/sampler_k1_per_token {sampler}")
+    assert abs(sampler[0]) < 1e-4 and (abs(sampler[1]) < 1e-4 if synced else sampler[1] > 1)
 
 
 def test_the_story_model_is_refused_by_vllm_too(make):
