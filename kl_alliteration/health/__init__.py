@@ -148,6 +148,11 @@ class KLHealthCallback(TrainerCallback):
         if not torch.isfinite(sums).all():  # the loss will not be, and then nothing is logged any more
             self.say([Finding("not_finite", self.trainer.state.global_step, f"kl of a text {value}")])
 
+    @property
+    def examined(self) -> Examined:
+        """What it has found so far."""
+        return Examined(self.trainer.state.global_step, self.findings)
+
     def say(self, found: list[Finding]) -> None:
         """Once a symptom, from the main process."""
         known = {each.symptom for each in self.findings}
@@ -206,5 +211,4 @@ class KLHealthCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.write()
-            examined = Examined(state.global_step, self.findings)
-            (logger.warning if examined.alarmed else logger.info)(examined.in_words())
+            (logger.warning if self.examined.alarmed else logger.info)(self.examined.in_words())

@@ -312,6 +312,8 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
         summary |= guarded | {"seconds": round(time.time() - parser.started, 1)}
         Path(folder, "summary.json").write_text(as_json(summary, indent=2) + "\n", encoding="utf-8")
         write_recipe(folder / "recipe.yaml", parser)
+        for health in callbacks_of(trainer, KLHealthCallback):
+            print(health.examined.in_words())
         print(f"{summary['seconds']:.0f} s. Model, curves.png, stories.md, metrics.jsonl, summary.json: {folder}")
     pushed = not training_args.push_to_hub or push_run(trainer, args, before, after)
     trainer.accelerator.end_training()

@@ -157,7 +157,8 @@ def test_every_penalty_on_what_vllm_sampled(make, name, lora, dtype):
     assert len(logged(trainer, "kl/sampler_k1_per_token")) == 3
     print(
         f"\n{name}, {'LoRA' if lora else 'full'}, {dtype}: engine against trainer, largest of a token "
-        f"{max(compared.off):.1e} nats, kl/sampler_k1_per_token {sampler[0]:.1e}, ratio {sampler[1]:.6f}, exact KL {exact[-1]:.4f} per token, {time.monotonic() - began:.0f} s"
+        f"{max(compared.off):.1e} nats, kl/sampler_k1_per_token {sampler[0]:.1e}, kl/sampler_max_ratio "
+        f"{sampler[1]:.6f}, exact KL {exact[-1]:.4f} per token, {time.monotonic() - began:.0f} s"
     )
     bound = 1e-4 if dtype == "float32" else 0.02
     # A token of weights that were not synced is off by the KL's square root and more.
