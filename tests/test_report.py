@@ -154,12 +154,18 @@ def test_a_browser_finds_each_figure_and_story(tmp_path):
         told = page.eval_on_selector_all("blockquote", "all => all.map(q => q.innerText)")
         marked = page.eval_on_selector_all("mark", "all => all.map(q => q.innerText)")
         wide = page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
+        page.set_viewport_size({"width": 1280, "height": 900})
+        page.reload()  # a figure takes its width when it is drawn
+        page.wait_for_selector(".main-svg")
+        sizes = "all => all.map(e => [e.clientWidth, e.querySelector('.main-svg').getBoundingClientRect().width])"
+        widths = page.eval_on_selector_all(".figures section", sizes)
         browser.close()
     labels = [label for _, label in list(PANELS.values())[:3]]
     assert drawn == [[label, True] for label in (*labels, "reward over KL per sequence")]
     assert told == ["A tall t<ree> & [b]tried[/b]", "once upon"] * 2
     assert marked == ["tall", "t<ree>"] * 2
     assert set(asked) <= {"file:", "data:"} and not errors
+    assert all(figure <= section < 700 for section, figure in widths), widths  # two columns, none over the other
     assert not wide  # a phone scrolls the table, not the page
 
 
