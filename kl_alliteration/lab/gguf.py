@@ -95,6 +95,9 @@ def load(path: Path):
         missing = sorted(found["missing_keys"])[0]
         raise ValueError(f"model_name_or_path: {path.name} holds nothing that transformers takes for {missing}")
     config, generation = model.config, model.generation_config
+    for name in ("bos_token", "eos_token"):  # transformers 5.17 takes the one for the other
+        if isinstance(place := getattr(config, f"{name}_id", None), int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(place))
     for name in ("quantization_config", "_model_name_or_path"):
         if hasattr(config, name):
             delattr(config, name)
