@@ -95,41 +95,44 @@ class PlotPenalty:
     """The KL of plots at a price, as one more reward of a stock trainer: `-price * log(share / reference's share)`.
 
     It is the log-ratio of the plot that a completion tells, k1 of the plots, in the reward: on average the gradient of
-    `price` times the KL of plots. The share is that among the last `window` completions of this process, the batch
-    under way included; half a sample is added to every plot of both. What is charged beside it, the KL of the texts,
-    stays as it is. A resumed run begins to count anew.
+    `price` times the KL of plots. The share is that in the window of a [`PlotMonitorCallback`], with those of the
+    batch under way that this process has; half a sample is added to every plot of both. What is charged beside it, the
+    KL of the texts, stays as it is. The window is in every checkpoint.
 
     ```python
     penalty = PlotPenalty(2.0)
     trainer = RLOOTrainer(reward_funcs=[reward, penalty], ...)
-    penalty.attach(trainer, Plots.of_clusters(ref_texts), ref_texts)
+    monitor = PlotMonitorCallback(trainer, Plots.of_clusters(ref_texts), ref_texts)
+    trainer.add_callback(monitor)
+    penalty.attach(monitor)
     ```
 
     Args:
         price (`float`): Reward per nat of plots.
-        window (`int`, *optional*, defaults to 400): Completions whose shares are counted.
     """
 
     __name__ = "plot_penalty"  # of the trainer's log
 
-    def __init__(self, price: float, window: int = 400):
+    def __init__(self, price: float):
         if not 0 < price < math.inf:
             raise ValueError(f"price must be > 0 and finite, got {price}")
-        self.price, self.told, self.trainer = price, deque(maxlen=window), None
+        self.price, self.monitor = price, None
 
-    def attach(self, trainer, plots: Plots, ref_texts: list[str]) -> None:
-        """Charge it in this trainer's training; where it evaluates, the penalty does not apply."""
-        self.trainer, self.plots = trainer, plots
-        counts = Counter(plots.label(ref_texts))
-        self.ref_shares = [(counts[k] + UNSEEN) / (len(ref_texts) + UNSEEN * plots.plots) for k in range(plots.plots)]
+    def attach(self, monitor: "PlotMonitorCallback") -> None:
+        """Charge it in the training that this monitor watches; where the trainer evaluates, it does not apply."""
+        if monitor.ref_labels is None:
+            raise ValueError("monitor: it has no ref_texts, and a share without the reference's costs nothing")
+        plots, counts, texts = monitor.plots.plots, Counter(monitor.ref_labels), len(monitor.ref_labels)
+        self.ref_shares = [(counts[k] + UNSEEN) / (texts + UNSEEN * plots) for k in range(plots)]
+        self.monitor = monitor
 
     def __call__(self, completions: list, **columns) -> list[float | None]:
         """(B,) rewards of completions; `None` in evaluation and before it is attached."""
-        if self.trainer is None or not self.trainer.model.training:
+        if (monitor := self.monitor) is None or not monitor.trainer.model.training:
             return [None] * len(completions)
-        labels = self.plots.label([as_text(completion) for completion in completions])
-        self.told.extend(labels)
-        counts, total = Counter(self.told), len(self.told) + UNSEEN * self.plots.plots
+        labels = monitor.plots.label([as_text(completion) for completion in completions])
+        told = deque([*monitor.labels, *labels], maxlen=monitor.labels.maxlen)
+        counts, total = Counter(told), len(told) + UNSEEN * monitor.plots.plots
         return [-self.price * math.log((counts[k] + UNSEEN) / total / self.ref_shares[k]) for k in labels]
 
 
@@ -138,7 +141,7 @@ class PlotMonitorCallback(TrainerCallback):
 
     Of the last `window` completions of all processes, under `plots/`: `effective` and `most_told_share`, as
     [`PlotCount`] says them; with `ref_texts` also `kl`, in nats per sequence, and `kl_within`, what is left of the KL
-    of the texts, which is that given the plot. The split is for runs with one prompt.
+    of the texts, which is that given the plot. The split is for runs with one prompt. Checkpoints hold the window.
 
     Args:
         trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
@@ -146,6 +149,8 @@ class PlotMonitorCallback(TrainerCallback):
         ref_texts (`list[str]`, *optional*): Completions of the reference; some thousands.
         window (`int`, *optional*, defaults to 400): Completions that are counted together.
     """
+
+    STATE = "kl_alliteration.Plots"  # its place among the trainer's stateful callbacks
 
     def __init__(self, trainer, plots: Plots, ref_texts: list[str] | None = None, window: int = 400):
         self.trainer, self.seam, self.plots, self.ref_texts = trainer, seam_of(trainer), plots, ref_texts
@@ -172,3 +177,13 @@ class PlotMonitorCallback(TrainerCallback):
             self.spent.extend(self.trainer.accelerator.gather((per_token * mask).sum(-1)).tolist())
             metrics["plots/kl"].append(found.kl_of_plots)
             metrics["plots/kl_within"].append(sum(self.spent) / len(self.spent) - found.kl_of_plots)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get(self.STATE)
+        if saved and state.global_step:
+            self.labels.extend(saved["attributes"]["labels"])
+            self.spent.extend(saved["attributes"]["spent"])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        own = {"labels": list(self.labels), "spent": list(self.spent)}
+        state.stateful_callbacks[self.STATE] = {"args": {}, "attributes": own}

@@ -121,21 +121,45 @@ def test_without_a_reference_it_counts_alone(make_trainer):
 
 def test_what_a_plot_costs_by_hand(make_trainer):
     """Plot 1 and 2 of ten; the reference told 1 three times of four, the policy one of two."""
-    penalty = PlotPenalty(2.0, window=2)
+    penalty = PlotPenalty(2.0)
     trainer = make_trainer(reward_funcs=[lambda completions, **_: [0.0] * len(completions), penalty])
     assert penalty(["tree", "tall tree"]) == [None, None]  # attached to nothing
-    penalty.attach(trainer, ByLength(), ["tree", "sky", "fox", "tall tree"])
+    monitor = PlotMonitorCallback(trainer, ByLength(), ["tree", "sky", "fox", "tall tree"], window=3)
+    penalty.attach(monitor)
     trainer.model.eval()
     assert penalty(["tree", "tall tree"]) == [None, None]
     trainer.model.train()
     one, two = math.log((1.5 / 7) / (3.5 / 9)), math.log((1.5 / 7) / (1.5 / 9))
     assert penalty(["tree", "tall tree"]) == pytest.approx([-2 * one, -2 * two])
-    only = math.log((2.5 / 7) / (3.5 / 9))  # the window holds the last two
+    monitor.labels.extend([2, 2, 1])  # batches before; the window holds the last three, of which one is left
+    only = math.log((3.5 / 8) / (3.5 / 9))
     assert penalty(["tree", "sky"]) == pytest.approx([-2 * only] * 2)
     trainer.train()
     assert "rewards/plot_penalty/mean" in trainer.state.log_history[0]
     with pytest.raises(ValueError, match="price must be > 0 and finite, got 0"):
         PlotPenalty(0)
+    with pytest.raises(ValueError, match="monitor: it has no ref_texts"):
+        penalty.attach(PlotMonitorCallback(trainer, ByLength()))
+
+
+def test_interrupted_and_resumed_counts_the_same_plots_at_the_same_price(make_trainer, tmp_path):
+    def make(**options):
+        penalty = PlotPenalty(2.0)
+        rewards = [lambda completions, **_: [float(len(text)) for text in completions], penalty]
+        trainer = make_trainer(max_steps=4, reward_funcs=rewards, **options)
+        monitor = PlotMonitorCallback(trainer, ByLength(), ["tree", "tall tree"] * 20)
+        trainer.add_callback(monitor)
+        penalty.attach(monitor)
+        return trainer
+
+    whole = make(save_strategy="steps", save_steps=2, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    resumed = make(output_dir=str(tmp_path / "resumed"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    logs = [trainer.state.log_history[:4] for trainer in (whole, resumed)]
+    names = [name for name in logs[0][0] if name.startswith(("plots/", "rewards/", "kl"))]
+    assert "rewards/plot_penalty/mean" in names and "plots/kl_within" in names
+    assert [[log[name] for name in names] for log in logs[0]] == [[log[name] for name in names] for log in logs[1]]
 
 
 def test_its_gradient_is_that_of_the_kl_of_plots():
@@ -152,12 +176,11 @@ def test_its_gradient_is_that_of_the_kl_of_plots():
 
 
 def test_the_reference_s_shares_cost_nothing_and_one_plot_costs_its_kl(make_trainer):
-    penalty = PlotPenalty(1.0, window=100_000)
+    penalty = PlotPenalty(1.0)
     trainer = make_trainer(reward_funcs=[penalty])
     trainer.model.train()
     reference = ["tree", "tall tree", "tall tall tree", "once upon a time"] * 5000
-    penalty.attach(trainer, ByLength(), reference)
+    penalty.attach(PlotMonitorCallback(trainer, ByLength(), reference, window=100_000))
     assert penalty(reference) == pytest.approx([0.0] * 20_000, abs=1e-9)
     assert PlotPenalty.__name__ == "PlotPenalty" and penalty.__name__ == "plot_penalty"
-    penalty.told.clear()
     assert penalty(["tree"] * 20_000)[0] == pytest.approx(-math.log(4), abs=2e-3)

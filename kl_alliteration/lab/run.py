@@ -148,7 +148,7 @@ def build_trainer(trainer_class, args: OnlineArguments, training_args, model_arg
     base_rewards = read_base_rewards(args, training_args, model_args.model_name_or_path)
     add_instruments(trainer, args, model_args.model_name_or_path, base_rewards)
     for monitor in callbacks_of(trainer, PlotMonitorCallback) if plot_penalty is not None else ():
-        plot_penalty.attach(trainer, monitor.plots, monitor.ref_texts)
+        plot_penalty.attach(monitor)
     return trainer
 
 
