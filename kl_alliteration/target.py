@@ -15,6 +15,7 @@ from .yardsticks import ENOUGH, centred, least_kl_at
 
 WALL = 4.0  # prices that a nat beyond the target costs
 LARGEST = 1e3  # of the price: where a text that repeats itself pays for its KL many times over
+WALL_RATE, CAREFUL, WALL_AT_MOST = 0.2, 0.2, 1.5  # how the wall moves: by the rate times an error of so much at most
 START = 0.02  # of the price, from which it rises: a full price from the first step slows the start
 # Of the target: below the first the price falls, above it it rises to what was read off, and above the second further.
 HELD, BEYOND = 0.9, 1.1
@@ -136,10 +137,13 @@ class KLTargetCallback(TrainerCallback):
 
     A nat within the target costs a price that [`PriceRule`] moves after every generation batch, from a fiftieth of
     what [`price_of_target`] reads off the reference's rewards to all of it, where the target is reached. A nat beyond
-    it costs four times that reading: the wall, which holds where the samples are blind, and grows with the price
-    where a policy runs away. The budget per token behind it follows the mean length of the completions, so that the
-    target is one of the sequence. Sets `trainer.beta` and takes the place of [`KLPenaltyCallback`]. Logs `kl/price`,
-    reward per nat within the target, and `kl/target_use`, KL over target. Its state is in every checkpoint.
+    the wall costs four times that reading, more where a policy runs away; it holds where the samples are blind. The
+    wall is a budget per token that follows the mean length of the completions, so that the target is one of the
+    sequence. It charges each text by itself, which would hold the mean below the target where texts differ: so while
+    texts lean on it, it moves out, to one and a half targets at most, until the mean is at the target. Sets
+    `trainer.beta` and takes the place of [`KLPenaltyCallback`]. Logs `kl/price`, reward per nat within the wall,
+    `kl/target_use`, KL over target, and `kl/wall`, where the wall stands over the target. Its state is in every
+    checkpoint.
 
     Args:
         trainer ([`~trl.RLOOTrainer`] or [`~trl.GRPOTrainer`]): The trainer, stock, its `beta` not 0, so that TRL loads
@@ -173,8 +177,10 @@ class KLTargetCallback(TrainerCallback):
             )
         price = self.price.price
         self.rule = PriceRule(START * price, kl_per_sequence, full=price)
+        self.wall = 1.0  # of the target
         self.length: float | None = None  # tokens of a completion, smoothed
-        self.seen: tuple[float, float] | None = None  # KL per sequence and length of the last generation batch
+        # Of the last generation batch: KL per sequence, length, and the most that a text spends of its share.
+        self.seen: tuple[float, float, float] | None = None
         # Before the first batch, in which no policy has spent anything, a length is unknown: the longest.
         budget = kl_per_sequence / trainer.max_completion_length
         self.seam.use_penalty(replace(penalty, budget_per_token=budget))
@@ -187,32 +193,39 @@ class KLTargetCallback(TrainerCallback):
         self.seam.beta = WALL * max(self.price.price, self.rule.value)
         self.seam.penalty = replace(
             self.seam.penalty,
-            budget_per_token=self.price.target_kl_per_sequence / length,
+            budget_per_token=self.wall * self.price.target_kl_per_sequence / length,
             within_budget=self.rule.value / self.seam.beta,
         )
 
     def observe(self, rollout: kl.Rollout) -> None:
-        mask = rollout.completion_mask
-        spent = self.seam.mean_per_sequence(rollout.per_token_kl(self.estimator), mask)
+        mask, target = rollout.completion_mask, self.price.target_kl_per_sequence
+        of_texts = kl.reduce_per_sequence(rollout.per_token_kl(self.estimator), mask, "sum")
+        gather = self.trainer.accelerator.gather
+        of_texts, lengths = gather(of_texts).cpu().double(), gather(mask.sum(-1).clamp(min=1)).cpu().double()
+        spent = of_texts.mean().item()
         self.seam.metrics["kl/price"].append(self.rule.value)
-        self.seam.metrics["kl/target_use"].append(spent / self.price.target_kl_per_sequence)
-        if self.trainer.model.training:
-            self.seen = spent, self.seam.mean_per_sequence(torch.ones_like(rollout.logps), mask)
+        self.seam.metrics["kl/target_use"].append(spent / target)
+        self.seam.metrics["kl/wall"].append(self.wall)
+        if self.trainer.model.training and math.isfinite(spent):
+            length = lengths.mean().item()
+            self.seen = spent, length, (of_texts / lengths).max().item() * length / target
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.get(self.STATE)
         if saved and state.global_step:
             own = saved["attributes"]
-            self.length = own["length"]
+            self.wall, self.length = own["wall"], own["length"]
             vars(self.rule).update({name: own[name] for name in self.rule.STATE})
         self._apply()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.seen is not None:
-            spent, length = self.seen
+            spent, length, most = self.seen
             self.length = length if self.length is None else SMOOTHING * self.length + (1 - SMOOTHING) * length
+            short = max(-CAREFUL, min(CAREFUL, 1 - spent / self.price.target_kl_per_sequence))
+            self.wall = max(1.0, min(self.wall * math.exp(WALL_RATE * short), WALL_AT_MOST, most))
             self.rule.update(spent)
             self._apply()
             self.seen = None
-        own = {name: getattr(self.rule, name) for name in self.rule.STATE} | {"length": self.length}
+        own = {name: getattr(self.rule, name) for name in self.rule.STATE} | {"wall": self.wall, "length": self.length}
         state.stateful_callbacks[self.STATE] = {"args": {}, "attributes": own}

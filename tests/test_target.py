@@ -89,6 +89,28 @@ def test_what_a_nat_costs_within_and_beyond(make_trainer):
     assert seam_of(trainer).penalty.budget_per_token == pytest.approx(THREE_QUARTERS / 3)
 
 
+@pytest.mark.parametrize(
+    ("wall", "spent", "most", "moved"),
+    [
+        (1.0, 0.9, 3.0, math.exp(0.2 * 0.1)),  # texts lean on it, and the mean is a tenth short
+        (1.2, 0.2, 3.0, 1.2 * math.exp(0.2 * 0.2)),  # an error counts 0.2 at most
+        (1.2, 0.2, 1.1, 1.1),  # no text is there: it does not run ahead of them
+        (1.2, 0.2, 0.5, 1.0),
+        (1.2, 1.1, 3.0, 1.2 * math.exp(-0.2 * 0.1)),
+        (1.01, 1.5, 3.0, 1.0),
+        (1.49, 0.8, 3.0, 1.5),
+    ],
+)
+def test_where_the_wall_goes_by_hand(make_trainer, wall, spent, most, moved):
+    """Targets: where it stands, what the mean spends, and what the text does that spends most."""
+    trainer = make_trainer()
+    callback = KLTargetCallback(trainer, 0.5, COIN)
+    callback.wall, callback.seen = wall, (0.5 * spent, 4.0, most)
+    callback.on_step_end(None, trainer.state, None)
+    assert callback.wall == pytest.approx(moved)
+    assert seam_of(trainer).penalty.budget_per_token == pytest.approx(moved * 0.5 / 4)
+
+
 def test_it_holds_what_runs_away_without(make_trainer):
     """A hundred times the rate at which a model learns: 40 steps go 5 targets far, and stay near one with it."""
 
@@ -105,7 +127,7 @@ def test_it_holds_what_runs_away_without(make_trainer):
             )
         )
         trainer.train()
-        assert trainer.state.log_history[0].keys() >= {"kl/price", "kl/target_use"} or target is None
+        assert trainer.state.log_history[0].keys() >= {"kl/price", "kl/target_use", "kl/wall"} or target is None
         return sum(spent[-10:]) / 10
 
     assert last(None) > 5 * 0.5
@@ -124,7 +146,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(make_trainer, tmp_path, st
     whole.train()
     resumed, callback = make(output_dir=str(tmp_path / "resumed"))
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
-    assert callback.rule == expected.rule and callback.length == expected.length
+    assert callback.rule == expected.rule
+    assert (callback.wall, callback.length) == (expected.wall, expected.length)
     assert resumed.beta == whole.beta and seam_of(resumed).penalty == seam_of(whole).penalty
     assert expected.rule.value != START / math.log(3)
 
