@@ -15,7 +15,8 @@ from .yardsticks import ENOUGH, centred, least_kl_at
 
 WALL = 4.0  # prices that a nat beyond the target costs
 LARGEST = 1e3  # of the price: where a text that repeats itself pays for its KL many times over
-WALL_RATE, CAREFUL, WALL_AT_MOST = 0.2, 0.2, 1.5  # how the wall moves: by the rate times an error of so much at most
+# How the wall moves at a step: a fifth of the error, but out slowly, or a KL that still rises overshoots; and how far.
+WALL_RATE, WALL_OUT, WALL_IN, WALL_AT_MOST = 0.2, 0.01, 0.04, 1.5
 START = 0.02  # of the price, from which it rises: a full price from the first step slows the start
 # Of the target: below the first the price falls, above it it rises to what was read off, and above the second further.
 HELD, BEYOND = 0.9, 1.1
@@ -222,8 +223,9 @@ class KLTargetCallback(TrainerCallback):
         if self.seen is not None:
             spent, length, most = self.seen
             self.length = length if self.length is None else SMOOTHING * self.length + (1 - SMOOTHING) * length
-            short = max(-CAREFUL, min(CAREFUL, 1 - spent / self.price.target_kl_per_sequence))
-            self.wall = max(1.0, min(self.wall * math.exp(WALL_RATE * short), WALL_AT_MOST, most))
+            move = WALL_RATE * (1 - spent / self.price.target_kl_per_sequence)
+            self.wall *= math.exp(max(-WALL_IN, min(WALL_OUT, move)))
+            self.wall = max(1.0, min(self.wall, WALL_AT_MOST, most))
             self.rule.update(spent)
             self._apply()
             self.seen = None
