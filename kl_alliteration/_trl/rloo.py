@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -107,8 +108,15 @@ class RLOOSeam(PenaltySeam):
         if batch.graph is not None and self.in_loss:
             batch.rollout = replace(batch.rollout, graphs=batch.estimates)
 
+    def token_weights(self, inputs, logps: torch.Tensor) -> torch.Tensor | None:
+        """(B, T), what each token's gradient in TRL's loss is multiplied with; `None` where that is 1."""
+        weights, trusted = inputs.get("kl_token_weights"), self.batch and self.batch.trusted
+        if trusted is None or weights is None:
+            return weights
+        return weights * trusted(logps, inputs)
+
     def compute_loss(self, model, inputs):
-        self.loss_pass = loss_pass = LossPass(inputs.get("kl_row"), inputs.get("kl_token_weights"))
+        self.loss_pass = loss_pass = LossPass(inputs.get("kl_row"), partial(self.token_weights, inputs))
         loss = self.stock.compute_loss(model, inputs)
         scored, self.loss_pass = loss_pass.scored, None
         if scored is not None:

@@ -91,7 +91,8 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
         share_prompts(trainer)
     if args.fast_sampling:
         use_fast_sampling(trainer)
-    use_sampler_correction(trainer, args.sampler_correction, args.sampler_correction_cap)
+    correction = args.sampler_correction, args.sampler_correction_cap
+    use_sampler_correction(trainer, *correction, args.sampler_divergence_type, args.sampler_divergence_threshold)
     target = args.target_kl_per_sequence
     if args.plots or args.plot_price or (target is not None and base_rewards is None):
         base = base_samples(trainer, args.base_samples, resumed=trainer.args.resume_from_checkpoint is not None)
