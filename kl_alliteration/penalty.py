@@ -239,5 +239,5 @@ class KLPenaltyCallback(TrainerCallback):
             if strict:
                 raise ValueError(complaint)
             warnings.warn(complaint, kl.KLWarning, stacklevel=2)
-        warn_of_sampling(trainer, self.penalty.estimator)
+        warn_of_sampling(trainer, self.penalty.estimator, seam_of(trainer).is_as_sampled)
         seam_of(trainer).use_penalty(self.penalty)

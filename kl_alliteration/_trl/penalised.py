@@ -8,6 +8,7 @@ import torch
 from .. import kl
 from .scoring import Scored
 from .seam import Seam, unknown_order
+from .truncated import as_sampled
 
 
 @dataclass
@@ -115,7 +116,7 @@ class PenaltySeam(Seam):
         """The generation batch's own score with its graph, where it was kept, in the loss's shuffled order."""
         rows, batch = self.loss_pass.rows, self.batch
         if rows is None or batch.graph is None:
-            return self.scorer.score(model, *asked, **kwargs)
+            return as_sampled(self.scorer, self.scorer.score(model, *asked, **kwargs), *asked)
         kept, batch.graph = batch.graph, None
         states = None if kept.states is None else kept.states[rows]
         results = kept.results[0][rows], kept.results[1][rows], None

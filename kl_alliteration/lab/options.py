@@ -206,6 +206,10 @@ class OnlineArguments(StoryArguments):
     sampler_divergence_threshold: float | None = field(
         default=None, metadata={"help": "How far: by default 0.15 in probability, or 0.05 nats."}
     )
+    score_as_sampled: bool = field(
+        default=False,
+        metadata={"help": "RLOO: score the policy over the tokens that top_k, top_p and min_p leave: k1 is unbiased."},
+    )
     strict: bool = field(default=False, metadata={"help": "Stop where a choice has a null or wrong gradient."})
 
     def __post_init__(self):

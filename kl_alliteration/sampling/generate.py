@@ -36,12 +36,17 @@ def check_options(config: GenerationConfig, others: dict) -> None:
 
 
 def probabilities(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """(B, V) logits -> (B, V) probabilities, warped by temperature, top-k, top-p and min-p, in this order.
+    """(B, V) logits -> (B, V) probabilities, warped by temperature, top-k, top-p and min-p, in this order."""
+    if config.temperature not in (None, 1.0):
+        logits = logits / config.temperature
+    return truncated(logits, config).softmax(-1)
+
+
+def truncated(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+    """(B, V) -> (B, V), -inf outside of what top-k, top-p and min-p leave, in this order.
 
     Each as in `transformers/generation/logits_process.py`.
     """
-    if config.temperature not in (None, 1.0):
-        logits = logits / config.temperature
     if config.top_k:
         k = min(config.top_k, logits.shape[-1])
         logits = logits.masked_fill(logits < logits.topk(k).values[:, -1:], -torch.inf)
@@ -53,7 +58,7 @@ def probabilities(logits: torch.Tensor, config: GenerationConfig) -> torch.Tenso
     if config.min_p:
         p = logits.softmax(-1)
         logits = logits.masked_fill(p < config.min_p * p.amax(-1, keepdim=True), -torch.inf)
-    return logits.softmax(-1)
+    return logits
 
 
 def draw(logits: torch.Tensor, config: GenerationConfig) -> tuple[torch.Tensor, torch.Tensor]:
