@@ -9,7 +9,7 @@ from test_contract import BETA, enumerated, trained_gradient  # noqa: F401  (a f
 from test_off_policy import FAR, UNCLIPPED, gradient_now, off_by, probabilities
 from test_sampler_correction import sampled_gradient, sampler_tables
 
-from kl_alliteration import use_fast_sampling, use_sampler_correction
+from kl_alliteration import kl, use_fast_sampling, use_sampler_correction
 from kl_alliteration._trl import seam_of
 from kl_alliteration.sampling.correction import trusted
 
@@ -108,6 +108,14 @@ def test_in_training_with_fast_sampling(make_trainer):
     shares = [log["kl/sampler_dropped_share"] for log in trainer.state.log_history if "reward" in log or "loss" in log]
     assert shares[0] == 0 < max(shares[1::2])
     assert seam_of(trainer).batch.trusted is not None
+
+
+def test_a_sampler_that_says_nothing_is_said(make_trainer):
+    trainer = make_trainer(max_steps=1)
+    use_sampler_correction(trainer, "none", divergence_type="binary_kl")
+    with pytest.warns(kl.KLWarning, match="sampler_divergence_type 'binary_kl' does nothing"):
+        trainer.train()
+    assert not [log for log in trainer.state.log_history if "kl/sampler_dropped_share" in log]
 
 
 def test_what_is_refused(make_trainer):

@@ -100,6 +100,9 @@ def use_sampler_correction(
             raise ValueError(f"sampler_{name} must be > 0, got {value}")
     if correction == "none" and divergence_type is None:
         return
+    asked = f"sampler_correction {correction!r}"
+    if correction == "none":
+        asked = f"sampler_divergence_type {divergence_type!r}"
     seam = seam_of(trainer)
     if not hasattr(seam, "changes"):
         raise ValueError(
@@ -120,7 +123,7 @@ def use_sampler_correction(
         logps = seam.batch.scored[0].logps
         if len(sampled) != 1 or sampled[0].shape != logps.shape:
             warnings.warn(
-                f"sampler_correction {correction!r} does nothing: what samples does not say how likely its tokens "
+                f"{asked} does nothing: what samples does not say how likely its tokens "
                 "were. vLLM and use_fast_sampling do",
                 kl.KLWarning,
                 stacklevel=2,
