@@ -10,7 +10,7 @@ from .penalty import KLPenalty, KLPenaltyCallback
 from .plots import PlotMonitorCallback, Plots
 from .references import MovingAverageReferenceCallback, ReferenceCallback, ResetReferenceCallback
 from .rewards import alliteration_reward
-from .sampling import use_fast_sampling, use_sampler_correction
+from .sampling import score_as_sampled, use_fast_sampling, use_sampler_correction
 from .shared_prompts import share_prompts
 from .target import KLTargetCallback
 
@@ -34,6 +34,7 @@ __all__ = [
     "default_lora_config",
     "judge",
     "load_adapter",
+    "score_as_sampled",
     "share_prompts",
     "use_fast_sampling",
     "use_sampler_correction",

@@ -38,7 +38,7 @@ class KLMonitorCallback(TrainerCallback):
         self.names = ("k1", "k2", "k3", "exact") if exact else ("k1", "k2", "k3")
         if exact:
             self.seam.scorer.need_hidden_states()
-        warn_of_sampling(trainer, "exact" if exact else "k1")
+        warn_of_sampling(trainer, "exact" if exact else "k1", seam_of(trainer).is_as_sampled)
         listen_to_engine(self.seam)
         self.seam.observers.append(self.observe)
         self.seam.watch_rollout_policy = trainer.num_iterations > 1

@@ -178,7 +178,8 @@ class KLPenalty:
     def contract(self) -> GradientContract:
         """Which gradient it gives on average over completions that the policy itself sampled.
 
-        Every row is proven by enumeration in `tests/test_contract.py`. An estimator of your own has no row.
+        Every row is proven by enumeration in `tests/test_contract.py`; with `num_iterations` > 1 those in the loss
+        hold too (`tests/test_off_policy.py`). An estimator of your own has no row.
         """
         rows = FORWARD if self.direction == "forward" else CONTRACT
         row = rows.get(self.placement if self.direction == "forward" else (self.estimator, self.placement))
@@ -238,5 +239,5 @@ class KLPenaltyCallback(TrainerCallback):
             if strict:
                 raise ValueError(complaint)
             warnings.warn(complaint, kl.KLWarning, stacklevel=2)
-        warn_of_sampling(trainer, self.penalty.estimator)
+        warn_of_sampling(trainer, self.penalty.estimator, seam_of(trainer).is_as_sampled)
         seam_of(trainer).use_penalty(self.penalty)

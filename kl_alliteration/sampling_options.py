@@ -49,15 +49,26 @@ def beyond_warpers(config: GenerationConfig) -> dict:
     }
 
 
-def warn_of_sampling(trainer, estimator: str) -> None:
-    """Warn where completions are not drawn from the distributions whose log-probabilities are compared."""
-    others = changes_of_sampling(trainer)
+def warn_of_sampling(trainer, estimator: str, as_sampled: bool = False) -> None:
+    """Warn where completions are not drawn from the distributions whose log-probabilities are compared.
+
+    `as_sampled`: the policy is scored over the tokens that truncation leaves, which sampled estimates then are of.
+    """
+    others = changes_of_sampling(trainer, as_sampled)
     temperature = others.pop("temperature", 1.0)
+    if as_sampled and estimator not in SAMPLED:
+        warnings.warn(
+            f"estimator {estimator!r} is of all tokens, and the policy is scored over those that truncated sampling "
+            "leaves (score_as_sampled): use k1 in the reward.",
+            KLWarning,
+            stacklevel=3,
+        )
     if others and estimator in SAMPLED:
         words = ", ".join(f"{name}={value}" for name, value in others.items())
         warnings.warn(
             f"{words}: completions are sampled from another distribution than the policy's, so sampled estimates of "
-            "the KL are biased; the estimator 'exact' is not, at the states that are visited.",
+            "the KL are biased; the estimator 'exact' is not, at the states that are visited. On RLOO "
+            "top_k, top_p and min_p can be scored as they are sampled: score_as_sampled.",
             KLWarning,
             stacklevel=3,
         )
@@ -70,8 +81,11 @@ def warn_of_sampling(trainer, estimator: str) -> None:
         )
 
 
-def changes_of_sampling(trainer) -> dict:
-    """The trainer's options of generation that change what is sampled, with their values; temperature last."""
+def changes_of_sampling(trainer, as_sampled: bool = False) -> dict:
+    """The trainer's options of generation that change what is sampled, with their values; temperature last.
+
+    `as_sampled`: without top_k, top_p and min_p.
+    """
     config = getattr(trainer, "generation_config", None)
     if isinstance(config, GenerationConfig):
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -91,4 +105,4 @@ def changes_of_sampling(trainer) -> dict:
         if (value := getattr(config, name, None)) is not None and name != "temperature" and value not in neutral
     }
     tempered = {} if trainer.args.temperature == 1 else {"temperature": trainer.args.temperature}
-    return warped | others | tempered
+    return ({} if as_sampled else warped) | others | tempered

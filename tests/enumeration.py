@@ -45,12 +45,12 @@ def word_level() -> Tokenizer:
     return tokenizer
 
 
-def move(trainer) -> None:
-    """Take the policy away from its reference, by a fixed step."""
-    generator = torch.Generator().manual_seed(1)
+def move(trainer, seed: int = 1, far: float = 0.3) -> None:
+    """Take the policy away from its reference, or from where it is, by a fixed step."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters(trainer):
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * far)
 
 
 def parameters(trainer) -> list[torch.Tensor]:

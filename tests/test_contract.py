@@ -37,9 +37,9 @@ K, BETA = 2, 0.7
 
 @pytest.fixture
 def enumerated(enumerated_model, tmp_path, monkeypatch):
-    """`enumerated(completions, lora=False)`: a stock trainer whose generation batch is all completions there are."""
+    """`enumerated(completions, lora=False, **RLOOConfig options)`: its batch is all completions there are."""
 
-    def make(completions=FIXED, lora=False):
+    def make(completions=FIXED, lora=False, **options):
         monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Float64Head)
         trainer = RLOOTrainer(
             model=str(enumerated_model),
@@ -55,6 +55,7 @@ def enumerated(enumerated_model, tmp_path, monkeypatch):
                 report_to="none",
                 use_cpu=True,
                 bf16=False,
+                **options,
             ),
             train_dataset=Dataset.from_dict({"prompt": ["b c"] * len(completions)}),
             peft_config=LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM") if lora else None,
@@ -66,14 +67,17 @@ def enumerated(enumerated_model, tmp_path, monkeypatch):
     return make
 
 
-def trained_gradient(trainer, completions=FIXED, sampled: torch.Tensor | None = None) -> torch.Tensor:
+def trained_gradient(trainer, completions=FIXED, sampled: torch.Tensor | None = None, between=None) -> torch.Tensor:
     """E[gradient of the loss] / beta over all completions: with no reward but the penalty, that of E[penalty].
 
-    Each completion has the probability (B,) of `sampled`, by default the policy's own.
+    Each completion has the probability (B,) of `sampled`, by default the policy's own. `between` is called with the
+    batch between its making and its loss.
     """
     n = len(completions)
     trainer.model.train()
     batch = trainer._generate_and_score_completions([{"prompt": "b c"}] * n)
+    if between is not None:
+        between(batch)
     # Leave-one-out over n completions is n / (n - 1) times "less the mean", and a constant baseline adds nothing.
     batch["advantages"] = batch["advantages"] * (n - 1) / n
     total = 0

@@ -50,7 +50,7 @@ def sampler_tables(t: Tables, far: float) -> torch.Tensor:
     return torch.stack([torch.stack([s1[a], s2[a, b]]) for a, b in FIXED])
 
 
-def sampled_gradient(trainer, sampler: torch.Tensor) -> torch.Tensor:
+def sampled_gradient(trainer, sampler: torch.Tensor, between=None) -> torch.Tensor:
     """The same where the sampler drew them, and said so."""
     generate = trainer._generate
 
@@ -59,7 +59,7 @@ def sampled_gradient(trainer, sampler: torch.Tensor) -> torch.Tensor:
         return generate(prompts)
 
     trainer._generate = said
-    return trained_gradient(trainer, sampled=sampler.sum(-1).exp())
+    return trained_gradient(trainer, sampled=sampler.sum(-1).exp(), between=between)
 
 
 def off_by(found: torch.Tensor, right: torch.Tensor) -> float:

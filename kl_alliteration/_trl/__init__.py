@@ -29,7 +29,8 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`, or `tests/test_grpo
   (B of all processes, functions), `_pending_metrics`, `_pending_extra_logs`, and `trl.data_utils._tokenize` are what
   `asking.py` uses; `tests/test_judge_is_trainer.py` guards them.
 - `vllm_generation.logprobs`, `None` in RLOO, and `vllm_generation.generate(...)`, whose third result are lists
-  (B, T, 1) of log-probabilities where that is 0; `tests/test_sampler_correction.py` guards them.
+  (B, T, 1) of log-probabilities where that is 0; `tests/test_sampler_correction.py` guards them; in server mode
+  `vllm_generation.vllm_client.get_server_info()`, guarded by `tests/test_vllm_server.py`.
 - `use_adapter` and `create_model_from_path`, `add_fused_lm_head`, `disable_dropout_in_model`, `prepare_deepspeed`,
   `prepare_fsdp`, by which it makes the reference, and `is_deepspeed_enabled`, `is_fsdp_enabled`, by which it chooses.
 """

@@ -1,5 +1,6 @@
 """What a seam that places a penalty shares, RLOO's and GRPO's: the batch under way, the loss's part, one forward."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from .. import kl
 from .scoring import Scored
 from .seam import Seam, unknown_order
+from .truncated import as_sampled
 
 
 @dataclass
@@ -23,9 +25,8 @@ class Batch:
     ref_head: kl.LMHead | None = None
     graph: Scored | None = None  # the policy's score with its graph, for a loss that uses it
     estimates: dict = field(default_factory=dict)  # and the full-vocabulary estimates that were made of it
-    sampled: list | None = field(
-        default_factory=list
-    )  # (B, T) log-probabilities by a sampler, until the batch is made
+    sampled: list | None = field(default_factory=list)  # (B, T) log-probabilities by a sampler, until it is made
+    trusted: Callable | None = None  # of (log-probabilities, inputs): (B, T), 1 where a token's gradient counts
 
 
 @dataclass
@@ -33,17 +34,16 @@ class LossPass:
     """One micro-batch's loss under way: its rows of the batch, and the policy's score."""
 
     rows: torch.Tensor | None
-    token_weights: torch.Tensor | None = None  # (B, T), of the gradients of TRL's log-probabilities
+    weigh: Callable | None = None  # (B, T) log-probabilities -> (B, T) weights of their gradients, or `None`
     scored: Scored | None = None
 
     @property
     def weighted_results(self) -> tuple:
         """What TRL makes its loss of: the policy's score, the gradient of each token weighted."""
         logps, *others = self.scored.results
-        if self.token_weights is None:
-            return self.scored.results
         held = logps.detach()
-        return held + self.token_weights * (logps - held), *others
+        weights = None if self.weigh is None else self.weigh(held)
+        return self.scored.results if weights is None else (held + weights * (logps - held), *others)
 
 
 class PenaltySeam(Seam):
@@ -116,7 +116,7 @@ class PenaltySeam(Seam):
         """The generation batch's own score with its graph, where it was kept, in the loss's shuffled order."""
         rows, batch = self.loss_pass.rows, self.batch
         if rows is None or batch.graph is None:
-            return self.scorer.score(model, *asked, **kwargs)
+            return as_sampled(self.scorer, self.scorer.score(model, *asked, **kwargs), *asked)
         kept, batch.graph = batch.graph, None
         states = None if kept.states is None else kept.states[rows]
         results = kept.results[0][rows], kept.results[1][rows], None

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -10,6 +11,7 @@ from .. import kl
 from .penalised import Batch, LossPass, PenaltySeam
 from .scoring import Scored
 from .seam import unknown_order
+from .truncated import as_sampled
 
 
 class RLOOSeam(PenaltySeam):
@@ -36,6 +38,11 @@ class RLOOSeam(PenaltySeam):
     def is_stock(self) -> bool:
         """Whether TRL makes the penalty of its own log-probabilities, every number the same bit for bit."""
         return self.penalty is None or (self.penalty.is_stock and not self.scorer.own_head)
+
+    def score_as_sampled(self, truncate: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """From here on the policy is scored over the tokens that `truncate` leaves of (N, V) logits."""
+        self.scorer.need_hidden_states(with_gradient=True)
+        self.scorer.truncate = truncate
 
     def generate_and_score(self, inputs):
         beta, self.batch, self.loss_pass = self.beta, (batch := Batch()), None
@@ -73,7 +80,7 @@ class RLOOSeam(PenaltySeam):
         keep_graph = self.one_forward and self.trainer.model.training
         with torch.enable_grad() if keep_graph else nullcontext():
             extra = {"compute_entropy": True} if keep_graph else {}  # for the loss; a reference's head has none
-            scored = self.scorer.score_checked(model, *asked, **kwargs | extra)
+            scored = as_sampled(self.scorer, self.scorer.score_checked(model, *asked, **kwargs | extra), *asked)
         if keep_graph:
             results = scored.results[0].detach(), *scored.results[1:]
             batch.graph, scored = scored, replace(scored, logps=scored.logps.detach(), results=results)
@@ -107,8 +114,15 @@ class RLOOSeam(PenaltySeam):
         if batch.graph is not None and self.in_loss:
             batch.rollout = replace(batch.rollout, graphs=batch.estimates)
 
+    def token_weights(self, inputs, logps: torch.Tensor) -> torch.Tensor | None:
+        """(B, T), what each token's gradient in TRL's loss is multiplied with; `None` where that is 1."""
+        weights, trusted = inputs.get("kl_token_weights"), self.batch and self.batch.trusted
+        if trusted is None or weights is None:
+            return weights
+        return weights * trusted(logps, inputs)
+
     def compute_loss(self, model, inputs):
-        self.loss_pass = loss_pass = LossPass(inputs.get("kl_row"), inputs.get("kl_token_weights"))
+        self.loss_pass = loss_pass = LossPass(inputs.get("kl_row"), partial(self.token_weights, inputs))
         loss = self.stock.compute_loss(model, inputs)
         scored, self.loss_pass = loss_pass.scored, None
         if scored is not None:

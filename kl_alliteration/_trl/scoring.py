@@ -1,5 +1,6 @@
 """Scores completions by policy, reference and base with TRL's own method, and keeps hidden states on request."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ class Scorer:
         self.checked = False  # whether the first batch was held against what the model itself says
         self.places = True  # give TRL's calls of the model the positions that `generate` counts, where it needs them
         self.own_reference = None  # a model that is loaded here, where TRL made none or not the right one
+        self.truncate: Callable | None = None  # (N, V) logits -> the same, -inf where sampling leaves none; scored so
         self._head_of = choose_head(self._causal_lm(trainer.model), trainer.temperature)
         self._hooked: list[torch.nn.Module] = []  # backbones whose states are kept
         self._shared: dict[torch.nn.Module, SharedPrompts] | None = None  # by model, once prompts are shared

@@ -74,6 +74,11 @@ class Seam:
             self.scorer.check_reference()
 
     @property
+    def is_as_sampled(self) -> bool:
+        """Whether the policy is scored over the tokens that truncated sampling leaves."""
+        return self.scorer.truncate is not None
+
+    @property
     def last_penalty(self) -> torch.Tensor | None:
         """(B,), what beta was last multiplied with in the reward; `None` where the penalty is not in the reward."""
         return None

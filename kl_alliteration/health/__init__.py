@@ -184,7 +184,7 @@ class KLHealthCallback(TrainerCallback):
         trainer, penalty = self.trainer, self.seam.penalty
         contract = getattr(penalty, "contract", None) if self.seam.beta != 0 else None
         wrong = contract is not None and contract.use_instead is not None
-        changes = changes_of_sampling(trainer)
+        changes = changes_of_sampling(trainer, self.seam.is_as_sampled)
         changes.pop("temperature", None)  # TRL scores at it too: the KL is that of the tempered policies, and unbiased
         sampling = ", ".join(f"{name}={value}" for name, value in changes.items())
         off = {

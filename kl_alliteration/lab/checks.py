@@ -54,8 +54,11 @@ def check_penalty_options(args: OnlineArguments, training_args) -> None:
         check_target(args, training_args)
     if args.strict and args.penalty.complaint:
         raise ValueError(args.penalty.complaint)
-    if args.sampler_correction != "none" and isinstance(args, GRPOArguments):
+    corrected = args.sampler_correction != "none" or args.sampler_divergence_type is not None
+    if corrected and isinstance(args, GRPOArguments):
         raise ValueError("sampler_correction is RLOO's: GRPO has its own, --vllm_importance_sampling_mode")
+    if args.score_as_sampled and isinstance(args, GRPOArguments):
+        raise ValueError("score_as_sampled is RLOO's: sample GRPO's completions without truncation")
     if args.baseline == "none" and isinstance(args, GRPOArguments):
         raise ValueError("baseline 'none' is RLOO's: GRPO's is the mean of its group")
     if args.baseline == "none" and training_args.normalize_advantages:

@@ -196,6 +196,20 @@ class OnlineArguments(StoryArguments):
         },
     )
     sampler_correction_cap: float = field(default=3.0, metadata={"help": "The largest weight of that correction."})
+    sampler_divergence_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "RLOO: drop the gradient of tokens that are this far from what the engine sampled by, and pushed "
+            "further: `binary_tv`, `binary_kl` (DPPO)."
+        },
+    )
+    sampler_divergence_threshold: float | None = field(
+        default=None, metadata={"help": "How far: by default 0.15 in probability, or 0.05 nats."}
+    )
+    score_as_sampled: bool = field(
+        default=False,
+        metadata={"help": "RLOO: score the policy over the tokens that top_k, top_p and min_p leave: k1 is unbiased."},
+    )
     strict: bool = field(default=False, metadata={"help": "Stop where a choice has a null or wrong gradient."})
 
     def __post_init__(self):

@@ -32,7 +32,7 @@ from ..references import (
     use_loaded_reference,
 )
 from ..rewards import reward_model  # noqa: F401  (to register it)
-from ..sampling import use_fast_sampling, use_sampler_correction
+from ..sampling import score_as_sampled, use_fast_sampling, use_sampler_correction
 from ..shared_prompts import share_prompts
 from ..target import KLTargetCallback
 from .base_samples import base_samples
@@ -82,6 +82,8 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
         trainer.add_callback(ResetReferenceCallback(trainer, steps, args.reset_at_kl, args.reset_optimizer))
     elif args.adapter_name_or_path and isinstance(model, PeftModel) and REFERENCE in model.peft_config:
         trainer.add_callback(ReferenceCallback(trainer, args.kl_reference))
+    if args.score_as_sampled:
+        score_as_sampled(trainer)
     trainer.add_callback(KLPenaltyCallback(trainer, args.penalty, strict=args.strict))
     if args.baseline == "none":
         leave_baseline_out(seam_of(trainer))
@@ -91,7 +93,8 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
         share_prompts(trainer)
     if args.fast_sampling:
         use_fast_sampling(trainer)
-    use_sampler_correction(trainer, args.sampler_correction, args.sampler_correction_cap)
+    correction = args.sampler_correction, args.sampler_correction_cap
+    use_sampler_correction(trainer, *correction, args.sampler_divergence_type, args.sampler_divergence_threshold)
     target = args.target_kl_per_sequence
     if args.plots or args.plot_price or (target is not None and base_rewards is None):
         base = base_samples(trainer, args.base_samples, resumed=trainer.args.resume_from_checkpoint is not None)

@@ -5,10 +5,17 @@ import platform
 
 from .._trl import seam_of
 from ..kl import autocast_dtype
+from .as_sampled import score_as_sampled
 from .correction import use_sampler_correction
 from .generate import use_fast_generate
 
-__all__ = ["keep_freed_memory", "use_fast_generate", "use_fast_sampling", "use_sampler_correction"]
+__all__ = [
+    "keep_freed_memory",
+    "score_as_sampled",
+    "use_fast_generate",
+    "use_fast_sampling",
+    "use_sampler_correction",
+]
 
 
 def keep_freed_memory() -> bool:

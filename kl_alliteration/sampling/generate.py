@@ -36,12 +36,17 @@ def check_options(config: GenerationConfig, others: dict) -> None:
 
 
 def probabilities(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """(B, V) logits -> (B, V) probabilities, warped by temperature, top-k, top-p and min-p, in this order.
+    """(B, V) logits -> (B, V) probabilities, warped by temperature, top-k, top-p and min-p, in this order."""
+    if config.temperature not in (None, 1.0):
+        logits = logits / config.temperature
+    return truncated(logits, config).softmax(-1)
+
+
+def truncated(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+    """(B, V) -> (B, V), -inf outside of what top-k, top-p and min-p leave, in this order.
 
     Each as in `transformers/generation/logits_process.py`.
     """
-    if config.temperature not in (None, 1.0):
-        logits = logits / config.temperature
     if config.top_k:
         k = min(config.top_k, logits.shape[-1])
         logits = logits.masked_fill(logits < logits.topk(k).values[:, -1:], -torch.inf)
@@ -53,11 +58,13 @@ def probabilities(logits: torch.Tensor, config: GenerationConfig) -> torch.Tenso
     if config.min_p:
         p = logits.softmax(-1)
         logits = logits.masked_fill(p < config.min_p * p.amax(-1, keepdim=True), -torch.inf)
-    return logits.softmax(-1)
+    return logits
 
 
-def draw(logits: torch.Tensor, config: GenerationConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, V) logits -> (B,) tokens by the inverse of the cumulative distribution, and their log-probabilities.
+def draw(
+    logits: torch.Tensor, config: GenerationConfig, said: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(B, V) logits -> (B,) tokens by the inverse of the cumulative distribution, and, if `said`, log-probabilities.
 
     One uniform number a row. The sums are taken over blocks of the vocabulary and then within one block, which is a
     third of the work.
@@ -78,6 +85,8 @@ def draw(logits: torch.Tensor, config: GenerationConfig) -> tuple[torch.Tensor, 
     within = p[torch.arange(len(p), device=p.device), block.squeeze(1)].cumsum(-1)  # (B, BLOCK)
     place = torch.searchsorted(within, _below((uniform - before).clamp(min=0), within), right=True)
     tokens = (block * BLOCK + place).squeeze(1)
+    if not said:
+        return tokens, None
     return tokens, (whole.gather(1, tokens[:, None]).squeeze(1) / blocks[:, -1]).log()
 
 
@@ -112,7 +121,7 @@ def sample(
     over = torch.zeros_like(rows, dtype=torch.bool)  # and that have ended nevertheless
     logits = decoder.start(input_ids, attention_mask, prompt + config.max_new_tokens)
     for place in range(prompt, prompt + config.max_new_tokens):
-        tokens, drawn = draw(logits, config)
+        tokens, drawn = draw(logits, config, drawn_logps is not None)
         if drawn_logps is not None:
             drawn_logps[rows, place - prompt] = drawn.to(drawn_logps)
         tokens = tokens.masked_fill(over, pad)
@@ -188,7 +197,7 @@ def use_fast_generate(model, sharded: bool = False, dtype: torch.dtype | None = 
         check_options(config, others)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         padded, decoder = bool((mask == 0).any()), read_decoder(model, dtype)
-        drawn = torch.zeros(len(input_ids), config.max_new_tokens, device=input_ids.device)
+        drawn = None if keep is None else torch.zeros(len(input_ids), config.max_new_tokens, device=input_ids.device)
         prove = padded not in proven
         few = min(CHECKED, len(input_ids))
         logps = torch.zeros(few, config.max_new_tokens, device=input_ids.device) if prove else None
