@@ -8,6 +8,7 @@ import math
 import statistics
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,8 @@ class Judgement:
     prompts: list[str]  # a conversation as its turns, without the chat template's marks
     completions: list[str]
     ref_log_ratios: list[float] | None = None  # log policy - log reference of each completion, nats per sequence
+    tokens: list[list[str]] | None = None  # of each completion, the text that each token adds; see `pieces`
+    token_kls: list[list[float]] | None = None  # exact KL of the next-token distributions before each of them, nats
     # Of what else was sampled of the reference, where anything was; see `yardsticks.efficiency` and `plots.PlotCount`.
     efficiency: float | None = None
     effective_plots: float | None = None
@@ -54,13 +57,16 @@ class Judgement:
         return [prompt + completion for prompt, completion in zip(self.prompts, self.completions, strict=True)]
 
     def numbers(self) -> dict:
-        lists = ("rewards", "prompts", "completions", "ref_log_ratios")
+        lists = ("rewards", "prompts", "completions", "ref_log_ratios", "tokens", "token_kls")
         return {name: value for name, value in asdict(self).items() if name not in lists}
 
     def rows(self) -> list[dict]:
-        """A story each: its prompt, completion and reward."""
-        stories = zip(self.prompts, self.completions, self.rewards, strict=True)
-        return [{"prompt": prompt, "completion": text, "reward": reward} for prompt, text, reward in stories]
+        """A story each: its prompt, completion and reward; where the KL is known, its tokens and their exact KL."""
+        columns = {"prompt": self.prompts, "completion": self.completions, "reward": self.rewards}
+        if self.token_kls is not None:
+            kls = [[round(value, 6) for value in each] for each in self.token_kls]  # nats
+            columns |= {"tokens": self.tokens, "token_kls": kls}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def plain_sampling(model, tokenizer, max_new_tokens: int, temperature: float = 1.0) -> GenerationConfig:
@@ -81,6 +87,26 @@ def plain_sampling(model, tokenizer, max_new_tokens: int, temperature: float = 1
         eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
+
+
+def pieces(tokenizer, ids: list[int]) -> list[str]:
+    """The text that each token adds: joined, they are the decoded text.
+
+    `""` for a special token, and for one that ends within a character: it comes with the token that completes it.
+    """
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    alone = [decode([token]) for token in ids]
+    if "".join(alone) == decode(ids):
+        return alone
+    found, start, read = [], 0, 0  # a token before those that are read, so that the first of them keeps its space
+    for end in range(1, len(ids) + 1):
+        before, now = decode(ids[start:read]), decode(ids[start:end])
+        if len(now) <= len(before) or (now.endswith("\ufffd") and end < len(ids)):
+            found.append("")
+        else:
+            found.append(now[len(before) :])
+            start, read = read, end
+    return found
 
 
 class Sampled(NamedTuple):
@@ -214,7 +240,7 @@ def judge(
     ]
     training = model.training
     model.eval()
-    asked, texts, rewards, lengths, entropies, kls, exact_kls, ended = [], [], [], [], [], [], [], 0
+    asked, texts, rewards, lengths, entropies, kls, tokens, token_kls, ended = [], [], [], [], [], [], [], [], 0
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -233,7 +259,8 @@ def judge(
                 )
                 if log_ratio is not None:
                     kls += (log_ratio * mask).sum(-1).tolist()  # (B, T) -> (B,)
-                    exact_kls += (exact_kl * mask).sum(-1).tolist()
+                    tokens += [pieces(tokenizer, ids) for ids in found.completion_ids]
+                    token_kls += [row[kept].tolist() for row, kept in zip(exact_kl, mask.bool(), strict=True)]
                 rewards += ask_reward(reward, batch, found.completions, found.completion_ids)
                 asked += found.prompts
                 texts += found.texts
@@ -255,9 +282,11 @@ def judge(
         entropy_per_token=sum(entropies) / sum(lengths),
         kl_per_token=sum(kls) / sum(lengths) if kls else None,
         kl_per_sequence=statistics.fmean(kls) if kls else None,
-        exact_kl_per_sequence=statistics.fmean(exact_kls) if exact_kls else None,
+        exact_kl_per_sequence=statistics.fmean(map(sum, token_kls)) if token_kls else None,
         rewards=rewards,
         prompts=asked,
         completions=texts,
         ref_log_ratios=kls or None,
+        tokens=tokens or None,
+        token_kls=token_kls or None,
     )

@@ -13,7 +13,7 @@ from conftest import reward
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from kl_alliteration import KLHealthCallback, KLPenalty, KLPenaltyCallback
+from kl_alliteration import KLHealthCallback, KLPenalty, KLPenaltyCallback, health
 from kl_alliteration.health import SYMPTOMS, Examined, Finding, diagnose, examine
 
 
@@ -100,8 +100,8 @@ def test_the_callback_says_what_no_log_shows(make_trainer, caplog, tmp_path):
     trainer = make_trainer(lora=LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"]), top_k=5, temperature=0.9)
     with pytest.warns(UserWarning):
         trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("k1", "loss")))
-    health = KLHealthCallback(trainer)
-    trainer.add_callback(health)
+    watching = KLHealthCallback(trainer)
+    trainer.add_callback(watching)
     with caplog.at_level(logging.INFO, "kl_alliteration.health"):
         trainer.train()
     lines = said(caplog)
@@ -113,7 +113,7 @@ def test_the_callback_says_what_no_log_shows(make_trainer, caplog, tmp_path):
         assert sum(f"{name}: " in line and seen in line for line in lines) == 1
     assert lines[-1].startswith("KL health after 3 steps: 3 alarms")
     kept = [Finding(**row) for row in json.loads((tmp_path / "health.json").read_text())]
-    assert kept == health.findings and {each.symptom for each in kept} >= {"wrong_gradient", "dropout"}
+    assert kept == watching.findings and {each.symptom for each in kept} >= {"wrong_gradient", "dropout"}
 
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
@@ -138,6 +138,22 @@ def test_a_healthy_run_is_silent_and_trains_the_same(make_trainer, caplog, kind,
         watched = trained(True)
     assert said(caplog) == ["KL health after 3 steps: no alarm"]
     assert all(torch.equal(weight, watched[name]) for name, weight in trained(False).items())
+
+
+def test_a_script_without_logging_sees_the_lines_and_one_with_it_decides(make_trainer, caplog, capsys, monkeypatch):
+    trainer = make_trainer()
+    trainer.add_callback(KLHealthCallback(trainer))
+    trainer.train()
+    assert said(caplog) == [] and "KL health after 3 steps: no alarm\n" in capsys.readouterr().err
+    health.tell("an alarm", alarm=True)
+    assert said(caplog) == ["an alarm"] and not capsys.readouterr().err  # once
+    monkeypatch.setattr(health.logger, "propagate", False)  # as where no handler is set up at all
+    health.tell("an alarm", alarm=True)
+    assert capsys.readouterr().err == "an alarm\n"
+    monkeypatch.undo()
+    with caplog.at_level(logging.ERROR, "kl_alliteration.health"):
+        health.tell("a note", alarm=False)
+    assert said(caplog) == ["an alarm"] and not capsys.readouterr().err
 
 
 def test_a_spike_comes_with_its_text(make_trainer):
@@ -202,7 +218,7 @@ def test_the_command_reads_runs_that_knew_nothing_of_this_package(tmp_path):
     ("content", "message"),
     [
         (None, "there is no"),
-        ({}, "holds no metrics.jsonl"),
+        ({}, r"holds no metrics.jsonl.*trainer.save_state\(\)"),
         ({"metrics.jsonl": '{"acc": 1}\n'}, "no entry with a loss"),
     ],
 )

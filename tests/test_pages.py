@@ -9,6 +9,7 @@ from markdown_it import MarkdownIt
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kl_alliteration.evaluation import Judgement
+from kl_alliteration.lab.heat import Story
 from kl_alliteration.lab.hub import write_card
 from kl_alliteration.lab.pages import escaped, fill_template, quoted
 from kl_alliteration.lab.run import show
@@ -108,7 +109,8 @@ def test_every_page_shows_hostile_stories_as_their_text(tmp_path, tiny_model):
     write_card(tmp_path, trainer, "none", ["reward"], judgement(before), judgement(after))
     values = {"title": "a_b", "head": ["run"], "rows": [["x | y"]], "missing": [], "notes": [], "figures": []}
     values["health"] = [{"name": "a_b", "alarmed": True, "summary": "1 alarm", "lines": ["step 3, spike: '<b>*_`'"]}]
-    fill_template(tmp_path / "report.md", **values, stories={"before": before, "after": after})
+    told = {"before": list(map(Story, before)), "after": list(map(Story, after))}
+    fill_template(tmp_path / "report.md", **values, stories=told)
     run = SimpleNamespace(kl=1.0, reward=2.0, folder=tmp_path)
     equal = {name: SimpleNamespace(texts=texts, **vars(run)) for name, texts in (("a", before), ("b", after))}
     fill_template(tmp_path / "algorithms.md", stories=5, base=4.0, head=["run"], rows=[], equal=equal)

@@ -5,10 +5,12 @@
 
 import json
 import logging
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from .. import kl
@@ -109,14 +111,25 @@ def read_findings(folder: Path) -> list[Finding]:
         return []
 
 
+def tell(line: str, alarm: bool) -> None:
+    """To the logger; to the screen, above a progress bar, what it would not show, unless it has a level of its own."""
+    level = logging.WARNING if alarm else logging.INFO
+    shows = logger.hasHandlers() and logger.isEnabledFor(level)
+    if shows or logger.level != logging.NOTSET:
+        logger.log(level, line)
+    else:
+        tqdm.write(line, file=sys.stderr)
+
+
 class KLHealthCallback(TrainerCallback):
     """Says, a line a symptom, what is wrong with the KL of a run: as it trains, at most once each, and at the end.
 
     It reads what the trainer logs, [`KLMonitorCallback`]'s numbers too where there are any, and looks at the trainer
     itself: the gradient of the penalty, how it samples, dropout, a reference that moves. A spike or a number that is
     not finite comes with the text that is furthest from the reference. Lines go to the logger
-    `kl_alliteration.health`, alarms as warnings and notes as information; `findings` holds them, and `health.json` in
-    the output directory.
+    `kl_alliteration.health`, alarms as warnings, notes and the summary as information, and to the screen where the
+    script's logging would not show them; a level of that logger's own makes it quiet. `findings` holds them, and
+    `health.json` in the output directory.
 
     Args:
         trainer ([`~trl.RLOOTrainer`] or [`~trl.GRPOTrainer`]): The trainer, stock.
@@ -164,7 +177,7 @@ class KLHealthCallback(TrainerCallback):
                 each = Finding(each.symptom, each.step, seen)
             self.findings.append(each)
             if self.trainer.is_world_process_zero():
-                (logger.warning if each.alarm else logger.info)(each.in_words())
+                tell(each.in_words(), each.alarm)
                 self.write()
 
     def write(self) -> None:
@@ -211,4 +224,4 @@ class KLHealthCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.write()
-            (logger.warning if self.examined.alarmed else logger.info)(self.examined.in_words())
+            tell(self.examined.in_words(), self.examined.alarmed)

@@ -70,7 +70,8 @@ def read_entries(path: str | Path) -> tuple[list[dict], Path]:
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise ValueError(
-                f"{str(path)!r} holds no metrics.jsonl, no trainer_state.json and no checkpoint of a trainer"
+                f"{str(path)!r} holds no metrics.jsonl, no trainer_state.json and no checkpoint of a trainer: a "
+                "script of your own leaves its log there by trainer.save_state() after training, or by checkpoints"
             )
     text = file.read_text(encoding="utf-8")
     try:

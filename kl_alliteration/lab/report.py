@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .. import health
 from ..kl import to_study_beta
-from . import curves
+from . import curves, heat
 from .figures import plot_frontier, plot_groups, plot_runs, read_run
 from .pages import fill_template
 from .runs import group_of, read_metrics, read_summary
@@ -136,13 +136,14 @@ def order_of_rewards(groups: dict[str, list[Path]]) -> float | None:
     return statistics.correlation(*ranks) if len(set(ranks[1])) > 1 else None
 
 
-def stories(groups: dict[str, list[Path]]) -> dict[str, list[str]]:
-    """Two fresh stories of the first finished run of every group."""
+def stories(groups: dict[str, list[Path]]) -> dict[str, list[heat.Story]]:
+    """Two fresh stories of the first finished run of every group, with the KL of their tokens where the run has it."""
     found = {}
     for group, runs in groups.items():
-        told = next((summary["stories"] for run in runs if (summary := finished(run)) and "stories" in summary), [])
-        if told:
-            found[group] = told[:2]
+        for run in runs:
+            if (summary := finished(run)) and summary.get("stories"):
+                found[group] = heat.with_tokens(run, summary["stories"][:2])
+                break
     return found
 
 
@@ -201,7 +202,7 @@ def write_report(folder: str | Path, frontier_path: str | Path | None = None) ->
         plot_frontier(best, drawable, folder / "reward_over_kl.png", least)
         figures.append(("reward_over_kl.png", label))
         drawn.append((label, curves.frontier(groups, best, least)))
-    order = order_of_rewards(groups)
+    order, told = order_of_rewards(groups), stories(groups)
     page = {
         "title": folder.absolute().name,
         "missing": missing,
@@ -209,10 +210,12 @@ def write_report(folder: str | Path, frontier_path: str | Path | None = None) ->
         "head": ["run", "verdict", "beta per nat", "beta, the study's", "seeds", *COLUMNS.values()],
         "rows": conclusions(groups),
         "notes": [NOTE] + ([f"Rank correlation of beta and final reward: {order:.2f}."] if order is not None else []),
-        "stories": stories(groups),
+        "stories": told,
     }
     fill_template(folder / "report.md", figures=figures, **page)
     page |= {"figures": drawn, "plotly": curves.script(), "growing": still_trains(groups)}
+    page["scale"] = heat.scale([story for each in told.values() for story in each])
+    page["warm"] = any(story.tokens for each in told.values() for story in each)
     return fill_template(folder / "report.html", **page)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 
 RECORD = "_made.json"  # of what a run made, by what it is known again; `_*` stays off the Hub
@@ -49,6 +50,19 @@ def read_metrics(folder: Path) -> list[dict]:
         except (ValueError, AttributeError):
             break
     return entries
+
+
+def read_stories(folder: Path, when: str, count: int) -> list[dict]:
+    """The first lines of a run's `stories.jsonl` that are `"before"` or `"after"`, up to one that cannot be read."""
+    found = []
+    with suppress(OSError, ValueError), Path(folder, STORIES).open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            if isinstance(row, dict) and row.get("when") == when:
+                found.append(row)
+            if len(found) == count:
+                break
+    return found
 
 
 def is_complete(checkpoint: Path) -> bool:
