@@ -2,9 +2,12 @@
 
     TRL_SOURCE=../trl pytest -s tests/test_trl_suite.py
 
-takes a source tree of the installed TRL, whose tests load models from the Hub. Skipped where none is named.
+takes a source tree of the installed TRL, or its `tests` alone. Skipped where none is named. Random models stand in for
+those of the Hub (`stand_ins.py`), on CPUs, 4 steps a test; with `TRL_HUB=1` the tests load the Hub's and run as they
+are. What came of it stands in `docs/versions.md`.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -12,18 +15,26 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import stand_ins
 
+HERE = Path(__file__).parent
 SUITES = "tests/test_grpo_trainer.py", "tests/test_rloo_trainer.py"
 SOURCE = os.environ.get("TRL_SOURCE")
+HUB = os.environ.get("TRL_HUB") == "1"
+# What a test looks at and a setting must change. This one puts a mock in place of `GenerationMixin.generate`, which
+# `use_fast_sampling` does not call; so no completion ends, all are masked, and nothing is learned.
+CHANGED = {"fast": {"test_train_with_mask_truncated_completions"}}
 
 
-def outcomes(source: Path, suite: str, report: Path, plugin: bool, penalty: str = "own") -> dict[str, str]:
-    """`passed`, `failed`, `error` or `skipped` by the name of each test of a suite."""
+def outcomes(source: Path, suite: str, report: Path, penalty: str | None, offline: bool = False) -> dict[str, str]:
+    """`passed`, `failed`, `error` or `skipped` by the name of each test; without the callbacks for `None`."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", suite]
-    here = Path(__file__).parent
-    environment = os.environ | {"KL_ALLITERATION_PENALTY": penalty}
-    environment["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(command + (["-p", "in_every_trainer"] if plugin else []), cwd=source, env=environment, timeout=7200)
+    for plugin in ["stand_ins"] * offline + ["in_every_trainer"] * (penalty is not None):
+        command += ["-p", plugin]
+    environment = os.environ | {"KL_ALLITERATION_PENALTY": penalty or ""}
+    environment["HF_HUB_OFFLINE"] = "0" if HUB else "1"
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(command, cwd=source, env=environment, timeout=7200)
     found = {}
     for case in ElementTree.parse(report).iter("testcase"):
         child = next((each.tag for each in case if each.tag in ("failure", "error", "skipped")), "passed")
@@ -36,14 +47,34 @@ def worse(plain: dict[str, str], watched: dict[str, str]) -> list[str]:
     return [name for name, outcome in plain.items() if outcome == "passed" and watched.get(name) != "passed"]
 
 
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """The source tree, or a folder with its tests and the stand-ins."""
+    if HUB:
+        return Path(SOURCE).resolve()
+    folder = tmp_path_factory.mktemp("stand_ins")
+    stand_ins.make(Path(SOURCE), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tree, tmp_path_factory):
+    """A suite's outcomes without the callbacks, run once."""
+    return functools.cache(
+        lambda suite: outcomes(tree, suite, tmp_path_factory.mktemp("plain") / "plain.xml", None, not HUB)
+    )
+
+
 @pytest.mark.skipif(SOURCE is None, reason="TRL_SOURCE names no source tree of TRL")
-@pytest.mark.parametrize("penalty", ["own", "exact"])
+@pytest.mark.parametrize("penalty", ["watched", "own", "exact", "fast"])
 @pytest.mark.parametrize("suite", SUITES)
-def test_what_passes_without_the_callbacks_passes_with_them(tmp_path, suite, penalty):
-    plain = outcomes(Path(SOURCE), suite, tmp_path / "plain.xml", plugin=False)
-    watched = outcomes(Path(SOURCE), suite, tmp_path / "watched.xml", plugin=True, penalty=penalty)
-    print(f"\n{suite}: {list(plain.values()).count('passed')} of {len(plain)} pass without the callbacks")
-    assert "passed" in plain.values() and not worse(plain, watched)
+def test_what_passes_without_the_callbacks_passes_with_them(tree, plain, tmp_path, suite, penalty):
+    without = plain(suite)
+    watched = outcomes(tree, suite, tmp_path / "watched.xml", penalty, not HUB)
+    counts = [list(each.values()).count("passed") for each in (without, watched)]
+    print(f"\n{suite}, {penalty}: {counts[0]} of {len(without)} pass without the callbacks, {counts[1]} with them")
+    broken = {name.rpartition(".")[2] for name in worse(without, watched)}
+    assert "passed" in without.values() and not broken - CHANGED.get(penalty, set())
 
 
 def test_the_runner_sees_what_the_callbacks_break(tmp_path):
@@ -53,7 +84,27 @@ def test_the_runner_sees_what_the_callbacks_break(tmp_path):
         "def test_is_stock():\n    assert not hasattr(GRPOTrainer.__init__, 'with_callbacks')\n\n\n"
         "def test_always():\n    pass\n\n\ndef test_never():\n    assert False\n"
     )
-    plain = outcomes(tmp_path, SUITES[0], tmp_path / "plain.xml", plugin=False)
-    watched = outcomes(tmp_path, SUITES[0], tmp_path / "watched.xml", plugin=True)
+    plain = outcomes(tmp_path, SUITES[0], tmp_path / "plain.xml", None)
+    watched = outcomes(tmp_path, SUITES[0], tmp_path / "watched.xml", "own")
     assert [name.rpartition(".")[2] for name in worse(plain, watched)] == ["test_is_stock"]
     assert sorted(plain.values()) == ["failed", "passed", "passed"]
+
+
+def test_stand_ins_are_found_under_the_names_of_the_hub(tmp_path):
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    (source / "tests").mkdir(parents=True)
+    copy.mkdir()
+    (source / SUITES[0]).write_text(
+        "from datasets import load_dataset\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "from trl import GRPOConfig\n\n\n"
+        "def test_loads(tmp_path):\n"
+        "    name = 'trl-internal-testing/tiny-Qwen2ForCausalLM-2.5'\n"
+        "    tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)\n"
+        "    assert [tokenizer.eos_token_id, model.config.pad_token_id] == [151645, 151643]\n"
+        "    assert tokenizer.decode([64648, 22785, 198, 40]) == 'multiply_tool\\nI'\n"
+        "    assert len(load_dataset('trl-internal-testing/zen', 'conversational_prompt_only')['train']) == 17\n"
+        "    assert GRPOConfig(tmp_path).max_steps == 4 and GRPOConfig(tmp_path, max_steps=1).max_steps == 1\n"
+    )
+    stand_ins.make(source, copy)
+    assert [path.name for path in (copy / "trl-internal-testing").glob("tiny-*")] == ["tiny-Qwen2ForCausalLM-2.5"]
+    assert list(outcomes(copy, SUITES[0], tmp_path / "report.xml", None, offline=True).values()) == ["passed"]
