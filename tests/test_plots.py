@@ -107,7 +107,7 @@ def test_the_log_splits_the_kl_of_the_last_completions(make_trainer):
         assert log["plots/effective"] == pytest.approx(expected.effective_plots, rel=1e-3)
         assert log["plots/most_told_share"] == pytest.approx(expected.most_told_share, rel=1e-3)
         some = spent[: 8 * step][-16:]
-        whole = log["plots/kl"] + log["plots/kl_within"]
+        whole = log["plots/kl_per_sequence"] + log["plots/kl_within_per_sequence"]
         assert whole == pytest.approx(sum(some) / len(some), abs=2e-3)
     assert len(logs) == 3
 
@@ -116,7 +116,10 @@ def test_without_a_reference_it_counts_alone(make_trainer):
     trainer = make_trainer(beta=0.0, max_steps=1)
     trainer.add_callback(PlotMonitorCallback(trainer, ByLength()))
     trainer.train()
-    assert "plots/effective" in trainer.state.log_history[0] and "plots/kl" not in trainer.state.log_history[0]
+    assert (
+        "plots/effective" in trainer.state.log_history[0]
+        and "plots/kl_per_sequence" not in trainer.state.log_history[0]
+    )
 
 
 def test_what_a_plot_costs_by_hand(make_trainer):
