@@ -175,8 +175,8 @@ class PlotMonitorCallback(TrainerCallback):
             best = "exact" if rollout.hidden is not None else "k1"
             per_token, mask = rollout.per_token_kl(best), rollout.completion_mask
             self.spent.extend(self.trainer.accelerator.gather((per_token * mask).sum(-1)).tolist())
-            metrics["plots/kl"].append(found.kl_of_plots)
-            metrics["plots/kl_within"].append(sum(self.spent) / len(self.spent) - found.kl_of_plots)
+            metrics["plots/kl_per_sequence"].append(found.kl_of_plots)
+            metrics["plots/kl_within_per_sequence"].append(sum(self.spent) / len(self.spent) - found.kl_of_plots)
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.get(self.STATE)

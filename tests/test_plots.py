@@ -107,7 +107,7 @@ def test_the_log_splits_the_kl_of_the_last_completions(make_trainer):
         assert log["plots/effective"] == pytest.approx(expected.effective_plots, rel=1e-3)
         assert log["plots/most_told_share"] == pytest.approx(expected.most_told_share, rel=1e-3)
         some = spent[: 8 * step][-16:]
-        whole = log["plots/kl"] + log["plots/kl_within"]
+        whole = log["plots/kl_per_sequence"] + log["plots/kl_within_per_sequence"]
         assert whole == pytest.approx(sum(some) / len(some), abs=2e-3)
     assert len(logs) == 3
 
@@ -116,7 +116,10 @@ def test_without_a_reference_it_counts_alone(make_trainer):
     trainer = make_trainer(beta=0.0, max_steps=1)
     trainer.add_callback(PlotMonitorCallback(trainer, ByLength()))
     trainer.train()
-    assert "plots/effective" in trainer.state.log_history[0] and "plots/kl" not in trainer.state.log_history[0]
+    assert (
+        "plots/effective" in trainer.state.log_history[0]
+        and "plots/kl_per_sequence" not in trainer.state.log_history[0]
+    )
 
 
 def test_what_a_plot_costs_by_hand(make_trainer):
@@ -158,7 +161,7 @@ def test_interrupted_and_resumed_counts_the_same_plots_at_the_same_price(make_tr
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     logs = [trainer.state.log_history[:4] for trainer in (whole, resumed)]
     names = [name for name in logs[0][0] if name.startswith(("plots/", "rewards/", "kl"))]
-    assert "rewards/plot_penalty/mean" in names and "plots/kl_within" in names
+    assert "rewards/plot_penalty/mean" in names and "plots/kl_within_per_sequence" in names
     assert [[log[name] for name in names] for log in logs[0]] == [[log[name] for name in names] for log in logs[1]]
 
 

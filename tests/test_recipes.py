@@ -233,7 +233,7 @@ def test_plots_are_counted_by_skeletons_and_by_clusters(tmp_path, tiny_model, mo
     run(RECIPE, "--output_dir", "tiny", "--model_name_or_path", tiny_model, *options, cwd=tmp_path)
     for name in ("embedded", "tiny"):
         first = lines(tmp_path / name / "metrics.jsonl")[0]
-        whole = first["plots/kl"] + first["plots/kl_within"]
+        whole = first["plots/kl_per_sequence"] + first["plots/kl_within_per_sequence"]
         assert whole == pytest.approx(first["kl/exact_per_sequence"], abs=1e-3) and first["plots/effective"] >= 1
         summary = json.loads((tmp_path / name / "summary.json").read_text())
         assert summary["before"]["effective_plots"] >= 1 and 0 < summary["after"]["most_told_share"] <= 1

@@ -36,13 +36,14 @@ def total_rewards(trainer, rows: list[dict], completions: list, completion_ids: 
     NaN where none applies. Nothing of it gets into the trainer's logs. With several processes all have to call this,
     each with B rows.
     """
-    before = trainer._pending_metrics, trainer._pending_extra_logs
+    before = trainer._pending_metrics, trainer._pending_extra_logs, trainer.args.report_to
     trainer._pending_metrics, trainer._pending_extra_logs = defaultdict(list), defaultdict(list)
+    trainer.args.report_to = []  # TRL times each reward into trackio, which fails before training has begun
     try:
         prompts = [row["prompt"] for row in rows]
         found = type(trainer)._calculate_rewards(trainer, rows, prompts, completions, completion_ids)
     finally:
-        trainer._pending_metrics, trainer._pending_extra_logs = before
+        trainer._pending_metrics, trainer._pending_extra_logs, trainer.args.report_to = before
     found = found[trainer.accelerator.process_index * len(rows) :][: len(rows)]  # (B, functions)
     total = (found * trainer.reward_weights.to(found.device)).nansum(1)  # (B,)
     return total.masked_fill(found.isnan().all(1), torch.nan).tolist()

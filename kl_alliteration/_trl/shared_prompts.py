@@ -8,6 +8,7 @@ carry gradients: the backward pass goes through each prompt once, too.
 
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -129,7 +130,9 @@ class SharedPrompts:
             use_cache=True,
             **part(first, head),
         )
-        cache = getattr(of_prompts, "past_key_values", None)
+        # By its name in this transformers, the older one until 5.23.
+        named = "cache" if "cache" in signature(self.forward).parameters else "past_key_values"
+        cache = getattr(of_prompts, named, None)
         if cache is None:
             raise Unshareable("the model has no cache")
         odd = {
@@ -143,8 +146,8 @@ class SharedPrompts:
         output = self.forward(
             input_ids=input_ids[:, tail],
             attention_mask=attention_mask,
-            past_key_values=cache,
             use_cache=True,
+            **{named: cache},
             **part(slice(None), tail),
         )
         last = of_prompts.last_hidden_state[row, -1:]

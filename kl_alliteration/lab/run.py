@@ -61,6 +61,7 @@ from .runs import (
     write_record,
 )
 from .survival import one_line_errors, stop_beyond, train_or_say_why
+from .trackers import TensorBoardLayoutCallback
 
 PLOTS = ("effective_plots", "most_told_share", "kl_of_plots")
 
@@ -286,6 +287,7 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
         check_trains(model)
         name_base(model)
     trainer.add_callback(MetricsFileCallback(trainer, folder / "metrics.jsonl"))
+    trainer.add_callback(TensorBoardLayoutCallback(trainer))
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(StoryProgressCallback())
