@@ -21,13 +21,16 @@ LAYOUT = {
     },
     "3 Its price": {
         "reward per nat": ("kl/beta", "kl/price"),
-        "of the budget or the target (1 = all of it)": ("kl/budget_use", "kl/target_use"),
+        "of the budget or the target (1 = all of it)": ("kl/budget_use", "kl/target_use", "kl/wall"),
         "share (0 to 1)": ("kl/share_of_spread", "kl/over_budget_share", "kl/efficiency"),
     },
     "4 The sampler": {
         "KL to the policy, nats per token": (r"kl/sampler_k[13]_per_token",),
         "largest ratio of a token (1 = the same)": ("kl/sampler_max_ratio",),
-        "weight of the correction (1 = none), share that is capped": ("kl/sampler_weight", "kl/sampler_clipped_share"),
+        "weight of the correction (1 = none), share that is capped or dropped": (
+            "kl/sampler_weight",
+            r"kl/sampler_(clipped|dropped)_share",
+        ),
     },
     "5 The texts": {
         "entropy, nats per token": ("entropy",),
