@@ -100,7 +100,7 @@ def test_its_metadata(wheel):
         lines = file.read(name).decode().splitlines()
     needs = [line.split(": ")[1] for line in lines if line.startswith("Requires-Dist: ")]
     always = {need.split(">=")[0] for need in needs if "extra ==" not in need}
-    assert always == {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "regex"}
+    assert always == {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "regex", "tqdm"}
     lab = {need.split(">=")[0] for need in needs if "extra == 'lab'" in need}
     assert lab == {"jinja2", "matplotlib", "plotly", "psutil", "rich", "scikit-learn"}
     assert "License-Expression: Apache-2.0" in lines and "Classifier: Typing :: Typed" in lines
