@@ -12,6 +12,7 @@ table of medians over all steps, relative to the stock trainer's, with the quart
 import argparse
 import random
 import statistics
+import sys
 import time
 
 import torch
@@ -93,6 +94,8 @@ def main():
         random.Random(round_).shuffle(names)
         for name in names:
             seconds[name].append(train(variants[name], args.steps, args.grpo, args.model, args.lora))
+            found = ", ".join(f"{step:.2f}" for step in seconds[name][-1])
+            print(f"round {round_ + 1} of {args.rounds}, {name}: {found} s", file=sys.stderr, flush=True)
     medians = {name: [statistics.median(steps) for steps in rounds] for name, rounds in seconds.items()}
     whole = {name: statistics.median(sum(rounds, [])) for name, rounds in seconds.items()}
     print(f"{device()}; {args.rounds * args.steps} steps each; stock step {whole['stock']:.2f} s\n")
