@@ -121,7 +121,7 @@ class PlotPenalty:
     def attach(self, monitor: "PlotMonitorCallback") -> None:
         """Charge it in the training that this monitor watches; where the trainer evaluates, it does not apply."""
         if monitor.ref_labels is None:
-            raise ValueError("monitor: it has no ref_texts, and a share without the reference's costs nothing")
+            raise ValueError("monitor: it has no ref_texts, from whose shares the price is charged")
         plots, counts, texts = monitor.plots.plots, Counter(monitor.ref_labels), len(monitor.ref_labels)
         self.ref_shares = [(counts[k] + UNSEEN) / (texts + UNSEEN * plots) for k in range(plots)]
         self.monitor = monitor
@@ -140,8 +140,9 @@ class PlotMonitorCallback(TrainerCallback):
     """Logs how varied the plots of the last completions are, and, with the reference's, what of the KL they cost.
 
     Of the last `window` completions of all processes, under `plots/`: `effective` and `most_told_share`, as
-    [`PlotCount`] says them; with `ref_texts` also `kl`, in nats per sequence, and `kl_within`, what is left of the KL
-    of the texts, which is that given the plot. The split is for runs with one prompt. Checkpoints hold the window.
+    [`PlotCount`] says them; with `ref_texts` also `kl_per_sequence`, in nats, and `kl_within_per_sequence`, what is
+    left of the KL of the texts, which is that given the plot. The split is for runs with one prompt. Checkpoints hold
+    the window.
 
     Args:
         trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
@@ -181,8 +182,8 @@ class PlotMonitorCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.get(self.STATE)
         if saved and state.global_step:
-            self.labels.extend(saved["attributes"]["labels"])
-            self.spent.extend(saved["attributes"]["spent"])
+            window = self.labels.maxlen
+            self.labels, self.spent = (deque(saved["attributes"][name], window) for name in ("labels", "spent"))
 
     def on_step_end(self, args, state, control, **kwargs):
         own = {"labels": list(self.labels), "spent": list(self.spent)}

@@ -136,9 +136,9 @@ class PriceRule:
 class KLTargetCallback(TrainerCallback):
     """Hold a KL in nats per sequence, the one number to state, in a stock `RLOOTrainer` or `GRPOTrainer`.
 
-    A nat within the target costs a price that [`PriceRule`] moves after every generation batch, from a fiftieth of
+    A nat within the wall costs a price that [`PriceRule`] moves after every generation batch, from a fiftieth of
     what [`price_of_target`] reads off the reference's rewards to all of it, where the target is reached. A nat beyond
-    the wall costs four times that reading, more where a policy runs away; it holds where the samples are blind. The
+    it costs four times that reading, more where a policy runs away; it holds where the samples are blind. The
     wall is a budget per token that follows the mean length of the completions, so that the target is one of the
     sequence. It charges each text by itself, which would hold the mean below the target where texts differ: so while
     texts lean on it, it moves out, to one and a half targets at most, until the mean is at the target. Sets

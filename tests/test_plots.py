@@ -163,6 +163,10 @@ def test_interrupted_and_resumed_counts_the_same_plots_at_the_same_price(make_tr
     names = [name for name in logs[0][0] if name.startswith(("plots/", "rewards/", "kl"))]
     assert "rewards/plot_penalty/mean" in names and "plots/kl_within_per_sequence" in names
     assert [[log[name] for name in names] for log in logs[0]] == [[log[name] for name in names] for log in logs[1]]
+    # The trainer that went on to its end goes back, as after a collapse: what it told since then is forgotten.
+    whole.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    again = whole.state.log_history[:4]
+    assert [[log[name] for name in names] for log in logs[0]] == [[log[name] for name in names] for log in again]
 
 
 def test_its_gradient_is_that_of_the_kl_of_plots():
