@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -105,3 +106,16 @@ def make_trainer(tiny_model, tmp_path):
 
     torch.manual_seed(0)
     return make
+
+
+@pytest.fixture
+def browser():
+    """A real one, headless; skips where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    with sync_api.sync_playwright() as playwright:
+        try:
+            launched = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        except sync_api.Error as error:
+            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
+        yield launched
+        launched.close()

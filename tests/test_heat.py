@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -152,39 +151,32 @@ def test_a_run_that_kept_no_tokens_still_opens(tmp_path, content):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_shows_hides_and_reads_the_heat(tmp_path, scheme):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+def test_a_browser_shows_hides_and_reads_the_heat(browser, tmp_path, scheme):
     _, told = with_heat(tmp_path, "a_seed_0")
     path = write_report(tmp_path)
-    with sync_api.sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        except sync_api.Error as error:
-            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
-        page, errors = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme), []
-        page.on("pageerror", lambda error: errors.append(error))
-        page.on("dialog", lambda dialog: errors.append(dialog.message))
-        page.goto(path.as_uri())
+    page, errors = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme), []
+    page.on("pageerror", lambda error: errors.append(error))
+    page.on("dialog", lambda dialog: errors.append(dialog.message))
+    page.goto(path.as_uri())
 
-        def grounds():
-            style = "all => all.map(e => getComputedStyle(e).backgroundColor)"
-            return page.eval_on_selector_all("blockquote .t", style)
+    def grounds():
+        style = "all => all.map(e => getComputedStyle(e).backgroundColor)"
+        return page.eval_on_selector_all("blockquote .t", style)
 
-        shown = page.eval_on_selector("blockquote", "q => q.textContent").strip()
-        hot = grounds()
-        page.focus("blockquote.heat")
-        for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
-            page.keyboard.press(key)
-        by_key = page.inner_text(".said")
-        page.locator("blockquote .t[data-t='5']").last.click()
-        by_tap = page.inner_text(".said")
-        wide = page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
-        page.uncheck("#heat")
-        cold, marked = grounds(), page.eval_on_selector("mark", "m => getComputedStyle(m).backgroundColor")
-        legends = page.eval_on_selector_all(".legend, .said", "all => all.filter(e => e.offsetParent).length")
-        page.reload()
-        stays = page.is_checked("#heat")
-        browser.close()
+    shown = page.eval_on_selector("blockquote", "q => q.textContent").strip()
+    hot = grounds()
+    page.focus("blockquote.heat")
+    for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
+        page.keyboard.press(key)
+    by_key = page.inner_text(".said")
+    page.locator("blockquote .t[data-t='5']").last.click()
+    by_tap = page.inner_text(".said")
+    wide = page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
+    page.uncheck("#heat")
+    cold, marked = grounds(), page.eval_on_selector("mark", "m => getComputedStyle(m).backgroundColor")
+    legends = page.eval_on_selector_all(".legend, .said", "all => all.filter(e => e.offsetParent).length")
+    page.reload()
+    stays = page.is_checked("#heat")
     assert " ".join(shown.split()) == " ".join(f"{told} ■".split())  # the text as it is, and the end
     assert len(set(hot)) >= 7 and set(cold) == {"rgba(0, 0, 0, 0)"} and marked != "rgba(0, 0, 0, 0)"
     assert by_key == '“ti"tle”: 0.50 nats (token 2 of 8)' and by_tap == "“té”: 2.50 nats (token 6 of 8)"

@@ -134,32 +134,25 @@ def test_the_order_of_rewards(tmp_path):
     assert order_of_rewards(dict(list(groups.items())[:2])) is None
 
 
-def test_a_browser_finds_each_figure_and_story(tmp_path):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+def test_a_browser_finds_each_figure_and_story(browser, tmp_path):
     a_run(tmp_path, "beta_0.1_seed_0", 0.1, 10.0)
     a_run(tmp_path, "beta_10_seed_0", 10, 4.0)
     path = write_report(tmp_path)
-    with sync_api.sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        except sync_api.Error as error:
-            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
-        page, asked, errors = browser.new_page(viewport={"width": 420, "height": 800}), [], []
-        page.on("request", lambda request: asked.append(request.url[:5]))
-        page.on("pageerror", lambda error: errors.append(error))
-        page.goto(path.as_uri())
-        page.wait_for_selector(".main-svg")
-        lines = "all => all.map(e => [e.querySelector('h2').innerText, e.querySelectorAll('.lines').length > 0])"
-        drawn = page.eval_on_selector_all(".figures section", lines)
-        told = page.eval_on_selector_all("blockquote", "all => all.map(q => q.innerText)")
-        marked = page.eval_on_selector_all("mark", "all => all.map(q => q.innerText)")
-        wide = page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
-        page.set_viewport_size({"width": 1280, "height": 900})
-        page.reload()  # a figure takes its width when it is drawn
-        page.wait_for_selector(".main-svg")
-        sizes = "all => all.map(e => [e.clientWidth, e.querySelector('.main-svg').getBoundingClientRect().width])"
-        widths = page.eval_on_selector_all(".figures section", sizes)
-        browser.close()
+    page, asked, errors = browser.new_page(viewport={"width": 420, "height": 800}), [], []
+    page.on("request", lambda request: asked.append(request.url[:5]))
+    page.on("pageerror", lambda error: errors.append(error))
+    page.goto(path.as_uri())
+    page.wait_for_selector(".main-svg")
+    lines = "all => all.map(e => [e.querySelector('h2').innerText, e.querySelectorAll('.lines').length > 0])"
+    drawn = page.eval_on_selector_all(".figures section", lines)
+    told = page.eval_on_selector_all("blockquote", "all => all.map(q => q.innerText)")
+    marked = page.eval_on_selector_all("mark", "all => all.map(q => q.innerText)")
+    wide = page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.reload()  # a figure takes its width when it is drawn
+    page.wait_for_selector(".main-svg")
+    sizes = "all => all.map(e => [e.clientWidth, e.querySelector('.main-svg').getBoundingClientRect().width])"
+    widths = page.eval_on_selector_all(".figures section", sizes)
     labels = [label for _, label in list(PANELS.values())[:3]]
     assert drawn == [[label, True] for label in (*labels, "reward over KL per sequence")]
     assert told == ["A tall t<ree> & [b]tried[/b]", "once upon"] * 2
