@@ -6,7 +6,8 @@
 
 One group a batch, completions of 64 tokens, k1 in the reward, learning rate 0; one step is not counted. Prints
 Markdown: medians in seconds and MB, and ours over stock's with the quartiles of the rounds. `--bf16` takes TRL's mixed
-precision; `--exact` puts the exact KL into reward and loss and under the monitor on our side, where stock keeps k1.
+precision; `--exact` puts the exact KL into reward and loss and under the monitor on our side, where stock keeps k1;
+`--grpo` takes GRPO for RLOO, with its own k3 in the loss.
 """
 
 import argparse
@@ -79,6 +80,7 @@ def measure(
     length: int,
     lora: bool,
     exact: bool,
+    grpo: bool,
     ours: bool,
     steps: int,
     bf16: bool,
@@ -91,6 +93,7 @@ def measure(
         folder,
         LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
         tokenizer.decode(tokenizer(TEXT, add_special_tokens=False)["input_ids"][:prompt]),
+        grpo,
         num_generations=group,
         per_device_train_batch_size=batch,
         max_completion_length=length,
@@ -142,7 +145,7 @@ def short(rounds: int) -> None:
             print(f"| {name} | | | | not there: {SMOLLM2.relative_to(SMOLLM2.parents[1])} |")
             continue
         for threads in (1, 2):
-            found = in_turns(rounds, threads, steps, False, name, *shape, False)
+            found = in_turns(rounds, threads, steps, False, name, *shape, False, False)
             seconds = statistics.median(stock[0] for stock, _ in found)
             parts = ", ".join(f"{statistics.median(ours[part] for _, ours in found):.2f}" for part in (1, 2, 3))
             print(f"| {name} | {threads} | {seconds:.2f} | {parts} | {ratio(found, 0)} |", flush=True)
@@ -183,6 +186,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--grpo", action="store_true")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--half-precision", action="store_true", help="the error of bfloat16, nothing else")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -198,11 +202,12 @@ def main():
         return
     heads = [f"{part} {'(MB)' if part == 'peak' else '(s)'}" for part in PARTS]
     kind = (", LoRA" if args.lora else "") + (", exact in both and watched" if args.exact else "")
+    kind = (", GRPO" if args.grpo else "") + kind
     print(f"{Path(args.model).name}{kind}, {args.threads} thread(s); stock, ours, ours / stock\n")
     print(f"| prompt | group | {' | '.join(heads)} |\n|{'---|' * (2 + len(heads))}")
     for prompt in args.prompts:
         for group in args.groups:
-            shape = args.model, prompt, group, group, 64, args.lora, args.exact
+            shape = args.model, prompt, group, group, 64, args.lora, args.exact, args.grpo
             found = in_turns(args.rounds, args.threads, args.steps, args.bf16, *shape)
             cells = []
             for part, name in enumerate(PARTS):

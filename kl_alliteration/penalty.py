@@ -96,6 +96,11 @@ class KLPenalty:
         within_budget (`float`, *optional*, defaults to 0):
             What a nat within the budget costs, as a share of what one beyond it costs, from 0 to 1. Where it costs
             nothing, noise is free. 1 is no budget at all.
+        opening_tokens (`int`, *optional*, defaults to 0):
+            How many of a completion's first tokens have a price of their own: those that choose what it is about.
+        opening_price (`float`, *optional*, defaults to 0):
+            What a nat of theirs costs beside the rest of the penalty, in multiples of beta, budget or not. Their KL is
+            that of the openings' distributions (chain rule), so that a high price keeps them as varied as they were.
 
     Raises:
         `ValueError`: for an unknown choice, or a combination that has no meaning.
@@ -108,6 +113,8 @@ class KLPenalty:
     budget_per_token: float | None = None
     top_k: int = 64
     within_budget: float = 0.0
+    opening_tokens: int = 0
+    opening_price: float = 0.0
 
     def __post_init__(self):
         kl.check_choice("estimator", self.estimator, kl.estimators())
@@ -123,6 +130,15 @@ class KLPenalty:
             raise ValueError(f"top_k must be >= 1, got {self.top_k}")
         if not 0 <= self.within_budget <= 1:
             raise ValueError(f"within_budget must be from 0 to 1, got {self.within_budget}")
+        if self.opening_tokens < 0:
+            raise ValueError(f"opening_tokens must be >= 0, got {self.opening_tokens}")
+        if not 0 <= self.opening_price < float("inf"):
+            raise ValueError(f"opening_price must be >= 0 and finite, got {self.opening_price}")
+        if bool(self.opening_tokens) != bool(self.opening_price):
+            raise ValueError(
+                f"opening_tokens {self.opening_tokens} and opening_price {self.opening_price:g} need each other: set "
+                "both or none"
+            )
         if self.budget_per_token is None:
             if self.within_budget:
                 raise ValueError(f"within_budget {self.within_budget} needs a budget: set budget_per_token")
@@ -151,17 +167,25 @@ class KLPenalty:
     @property
     def is_stock(self) -> bool:
         """Whether TRL computes it by itself: leaving it to TRL keeps every number the same bit for bit."""
-        choice = self.estimator, self.placement, self.reduction, self.budget_per_token
-        return choice == ("k1", "reward", "sum", None)
+        return self.is_plain("k1", "reward")
+
+    def is_plain(self, estimator: str, placement: str) -> bool:
+        """Whether it is that estimate there, in nats of the sequence, and nothing more."""
+        choice = self.estimator, self.placement, self.reduction, self.budget_per_token, self.opening_tokens
+        return choice == (estimator, placement, "sum", None, 0)
 
     def __call__(self, rollout: kl.Rollout) -> torch.Tensor:
         """What beta multiplies, one number a completion: (B,)."""
         per_token_kl = rollout.per_token_kl(self.estimator, self.direction, self.top_k)  # (B, T)
-        penalty = kl.reduce_per_sequence(per_token_kl, rollout.completion_mask, self.reduction)  # (B,)
-        if self.budget_per_token is None:
-            return penalty
-        beyond = kl.over_budget(penalty, rollout.completion_mask, self.reduction, self.budget_per_token)
-        return self.within_budget * penalty + (1 - self.within_budget) * beyond
+        mask = rollout.completion_mask
+        penalty = kl.reduce_per_sequence(per_token_kl, mask, self.reduction)  # (B,)
+        if self.budget_per_token is not None:
+            beyond = kl.over_budget(penalty, mask, self.reduction, self.budget_per_token)
+            penalty = self.within_budget * penalty + (1 - self.within_budget) * beyond
+        if self.opening_tokens:
+            opening = per_token_kl * (mask.cumsum(-1) <= self.opening_tokens)
+            penalty = penalty + self.opening_price * kl.reduce_per_sequence(opening, mask, self.reduction)
+        return penalty
 
     def in_words(self, beta: float | None = None) -> str:
         """For titles, cards and logs: `exact in the reward and loss, beta 1 per nat of the sequence beyond ...`."""
@@ -172,6 +196,8 @@ class KLPenalty:
         if self.budget_per_token is not None:
             words += f" beyond a budget of {self.budget_per_token:g} nats per token"
             words += f", {self.within_budget:g} of it within" if self.within_budget else ""
+        if self.opening_tokens:
+            words += f", and {self.opening_price:g} of it for each of the first {self.opening_tokens} tokens"
         return words
 
     @property
@@ -191,6 +217,8 @@ class KLPenalty:
         if self.budget_per_token is not None:
             inside = f"{self.within_budget:g} of it" if self.within_budget else "none"
             words += f"; {inside} within the budget, that of the completions beyond it only outside"
+        if self.opening_tokens:
+            words += f"; and {self.opening_price:g} times that of the first {self.opening_tokens} tokens alone"
         return GradientContract(words, row.use_instead)
 
     @property

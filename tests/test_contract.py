@@ -118,6 +118,17 @@ def textbook_k3(x):
     return torch.exp(-x) - 1 + x
 
 
+class OpeningTables(Tables):
+    """Of the first token alone."""
+
+    def __init__(self, t: Tables):
+        self.p1, self.q1 = t.p1, t.q1
+        self.p2 = self.q2 = torch.zeros(V, 1, dtype=torch.float64)  # a second token that is certain
+
+    def states(self):
+        yield torch.ones((), dtype=torch.float64), self.p1, self.q1
+
+
 NOTHING = None  # a gradient of zero
 ROWS = {
     ("k1", "reward"): reverse_kl,
@@ -232,6 +243,16 @@ def test_budget(enumerated, row, reduction, within):
         objective = objective + probability * excess
     assert 0 < beyond < len(ENDING)
     torch.testing.assert_close(trained_gradient(trainer, ENDING), t.gradient(objective), atol=1e-10, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore::kl_alliteration.kl.KLWarning")
+@pytest.mark.parametrize("row", ROWS, ids="-".join)
+def test_a_price_on_the_opening(enumerated, row):
+    """The row's own gradient and, at its price, that of the same row of one-token texts: of the first token's KL."""
+    trainer = enumerated()
+    KLPenaltyCallback(trainer, KLPenalty(*row, top_k=K, opening_tokens=1, opening_price=3.0))
+    first_alone = ROWS[row] and (lambda t: ROWS[row](OpeningTables(t)))
+    assert_row(trainer, ROWS[row] and (lambda t: ROWS[row](t) + 3.0 * first_alone(t)))
 
 
 def test_no_gradient_within_the_budget(enumerated):

@@ -15,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from kl_alliteration import KLHealthCallback, KLPenalty, KLPenaltyCallback, health
 from kl_alliteration.health import SYMPTOMS, Examined, Finding, diagnose, examine
+from kl_alliteration.health.__main__ import main
 
 
 def entries(count: int = 12, every: int = 5, **series) -> list[dict]:
@@ -195,23 +196,33 @@ def test_it_goes_on_where_a_checkpoint_was(make_trainer, tmp_path):
     assert len(health.log.values["reward"]) == 8
 
 
-def command(*paths) -> subprocess.CompletedProcess:
-    words = [sys.executable, "-m", "kl_alliteration.health", *map(str, paths)]
-    return subprocess.run(words, capture_output=True, text=True)
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`python -m kl_alliteration.health` in this process: its status and what it wrote."""
+
+    def run(*paths):
+        monkeypatch.setattr(sys, "argv", ["health", *map(str, paths)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, *capsys.readouterr()
+
+    return run
 
 
-def test_the_command_reads_runs_that_knew_nothing_of_this_package(tmp_path):
+def test_the_command_reads_runs_that_knew_nothing_of_this_package(tmp_path, command):
     healthy, ill = tmp_path / "healthy", tmp_path / "ill/checkpoint-60"
     healthy.mkdir()
     ill.mkdir(parents=True)
     lines = [json.dumps({f"train/{k}" if k != "step" else k: v for k, v in e.items()}) for e in entries()]
     (healthy / "metrics.jsonl").write_text("\n".join([*lines, '{"reward": 3']))  # a line that is being written
     (ill / "trainer_state.json").write_text(json.dumps({"log_history": entries(kl=2.0)}))
-    found = command(healthy)
+    words = [sys.executable, "-m", "kl_alliteration.health", str(healthy)]
+    found = subprocess.run(words, capture_output=True, text=True)
     assert found.returncode == 0 and found.stdout.endswith("KL health after 60 steps: no alarm\n")
-    found = command(healthy, tmp_path / "ill")
-    assert found.returncode == 1 and "explodes: kl 2 nats per token" in found.stdout
-    assert command(ill / "trainer_state.json").returncode == 1
+    assert command(healthy) == (0, found.stdout, "")
+    status, said, _ = command(healthy, tmp_path / "ill")
+    assert status == 1 and "explodes: kl 2 nats per token" in said
+    assert command(ill / "trainer_state.json")[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -222,7 +233,7 @@ def test_the_command_reads_runs_that_knew_nothing_of_this_package(tmp_path):
         ({"metrics.jsonl": '{"acc": 1}\n'}, "no entry with a loss"),
     ],
 )
-def test_what_is_no_run_is_said_in_one_line(tmp_path, content, message):
+def test_what_is_no_run_is_said_in_one_line(tmp_path, command, content, message):
     folder = tmp_path / "run"
     if content is not None:
         folder.mkdir()
@@ -230,5 +241,5 @@ def test_what_is_no_run_is_said_in_one_line(tmp_path, content, message):
             (folder / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         examine(folder)
-    found = command(folder)
-    assert found.returncode == 2 and len(found.stderr.splitlines()) == 1 and not found.stdout
+    status, out, err = command(folder)
+    assert status == 2 and len(err.splitlines()) == 1 and not out

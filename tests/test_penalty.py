@@ -32,6 +32,10 @@ REFUSED = [
     ({"budget_per_token": 0.1, "within_budget": 1.1}, "within_budget must be from 0 to 1, got 1.1"),
     ({"budget_per_token": 0.1, "within_budget": math.nan}, "within_budget must be from 0 to 1, got nan"),
     ({"within_budget": 0.5}, "within_budget 0.5 needs a budget: set budget_per_token"),
+    ({"opening_tokens": -1, "opening_price": 1.0}, "opening_tokens must be >= 0, got -1"),
+    ({"opening_tokens": 2, "opening_price": math.nan}, "opening_price must be >= 0 and finite, got nan"),
+    ({"opening_tokens": 2}, "opening_tokens 2 and opening_price 0 need each other"),
+    ({"opening_price": 2.0}, "opening_tokens 0 and opening_price 2 need each other"),
 ]
 
 
@@ -47,7 +51,7 @@ def test_what_is_no_penalty_is_refused(options, message):
 def test_the_options_make_the_same_value():
     assert OnlineArguments().penalty == KLPenalty()
     fields = {"estimator": "exact", "placement": "both", "reduction": "mean", "direction": "forward"}
-    fields |= {"budget_per_token": 0.5, "top_k": 7, "within_budget": 0.25}
+    fields |= {"budget_per_token": 0.5, "top_k": 7, "within_budget": 0.25, "opening_tokens": 3, "opening_price": 2.0}
     assert set(fields) == {field.name for field in dataclasses.fields(KLPenalty)}
     assert OnlineArguments(**{f"kl_{name}": value for name, value in fields.items()}).penalty == KLPenalty(**fields)
 
@@ -68,7 +72,8 @@ def test_it_is_a_value():
 def test_only_trl_s_own_is_stock():
     assert KLPenalty().is_stock and KLPenalty("k1", "reward", "sum").is_stock
     others = {"estimator": "k2"}, {"placement": "loss"}, {"reduction": "mean"}, {"budget_per_token": 0.0}
-    assert [KLPenalty(**other).is_stock for other in others] == [False] * 4
+    others += ({"opening_tokens": 1, "opening_price": 1.0},)
+    assert [KLPenalty(**other).is_stock for other in others] == [False] * 5
 
 
 @pytest.mark.parametrize(
@@ -105,6 +110,10 @@ def rollout():
         ({"budget_per_token": 1.0, "within_budget": 0.25}, [0.25 * 2 + 1, 0.25 * -0.25]),
         ({"budget_per_token": 1.0, "within_budget": 1.0}, [3, -0.25]),
         ({"estimator": "abs", "budget_per_token": 0.5}, [3 - 1, 1.75 - 1.5]),
+        ({"opening_tokens": 1, "opening_price": 2.0}, [3 + 2 * 1, -0.25 + 2 * -1]),
+        ({"opening_tokens": 9, "opening_price": 2.0}, [3 + 2 * 3, -0.25 + 2 * -0.25]),
+        ({"opening_tokens": 1, "opening_price": 2.0, "reduction": "mean"}, [1.5 + 1, -0.25 / 3 - 2 / 3]),
+        ({"opening_tokens": 1, "opening_price": 2.0, "budget_per_token": 1.0}, [1 + 2 * 1, 0 + 2 * -1]),
         ({"estimator": "abs", "budget_per_token": 0.5, "reduction": "mean"}, [1.5 - 0.5, 1.75 / 3 - 0.5]),
     ],
 )
@@ -136,6 +145,11 @@ def test_on_a_rollout_by_hand(rollout, options, expected):
             {"budget_per_token": 1, "within_budget": 0.25},
             4,
             "k1 in the reward, beta 4 per nat of the sequence beyond a budget of 1 nats per token, 0.25 of it within",
+        ),
+        (
+            {"opening_tokens": 12, "opening_price": 3.0},
+            1,
+            "k1 in the reward, beta 1 per nat of the sequence, and 3 of it for each of the first 12 tokens",
         ),
         (
             {"budget_per_token": 0.0},

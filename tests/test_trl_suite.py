@@ -84,10 +84,15 @@ def test_the_runner_sees_what_the_callbacks_break(tmp_path):
         "def test_is_stock():\n    assert not hasattr(GRPOTrainer.__init__, 'with_callbacks')\n\n\n"
         "def test_always():\n    pass\n\n\ndef test_never():\n    assert False\n"
     )
-    plain = outcomes(tmp_path, SUITES[0], tmp_path / "plain.xml", None)
     watched = outcomes(tmp_path, SUITES[0], tmp_path / "watched.xml", "own")
-    assert [name.rpartition(".")[2] for name in worse(plain, watched)] == ["test_is_stock"]
-    assert sorted(plain.values()) == ["failed", "passed", "passed"]
+    suite = "tests.test_grpo_trainer."
+    assert watched == {
+        suite + "test_is_stock": "failed",
+        suite + "test_always": "passed",
+        suite + "test_never": "failed",
+    }
+    plain = watched | {suite + "test_is_stock": "passed"}
+    assert worse(plain, watched) == [suite + "test_is_stock"]
 
 
 def test_stand_ins_are_found_under_the_names_of_the_hub(tmp_path):

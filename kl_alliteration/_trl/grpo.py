@@ -59,8 +59,7 @@ class GRPOSeam(PenaltySeam):
         """Whether TRL makes the penalty, every number the same bit for bit."""
         if self.penalty is None:
             return True
-        choice = self.penalty.estimator, self.penalty.placement, self.penalty.reduction, self.penalty.budget_per_token
-        return choice == (*self.OWN, "sum", None) and self.scorer.own_reference is None
+        return self.penalty.is_plain(*self.OWN) and self.scorer.own_reference is None
 
     @property
     def on_policy(self) -> bool:

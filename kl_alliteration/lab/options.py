@@ -172,6 +172,12 @@ class OnlineArguments(StoryArguments):
         default=0.0,
         metadata={"help": "What a nat within the budget costs, as a share of beta: 0 is free, 1 is no budget."},
     )
+    kl_opening_tokens: int = field(
+        default=0, metadata={"help": "How many of a completion's first tokens, which choose the plot, cost more."}
+    )
+    kl_opening_price: float = field(
+        default=0.0, metadata={"help": "What a nat of theirs costs beside the rest, in multiples of beta."}
+    )
     target_kl_per_sequence: float | None = field(
         default=None,
         metadata={
@@ -223,6 +229,8 @@ class OnlineArguments(StoryArguments):
                 self.kl_budget_per_token,
                 self.kl_top_k,
                 self.kl_within_budget,
+                self.kl_opening_tokens,
+                self.kl_opening_price,
             )
         except ValueError as error:  # which names the penalty's field: the option is that with a prefix
             raise ValueError(f"kl_{error}") from None
