@@ -59,7 +59,7 @@ engine-deepspeed: .venv-deepspeed/.installed
 # DeepSpeed builds no operator here: the one that CPUs take, two processes' shared memory, its first test compiles.
 .venv-deepspeed/.installed: pyproject.toml constraints.txt constraints-deepspeed.txt
 	$(PYTHON) -m venv .venv-deepspeed
-	DS_BUILD_OPS=0 .venv-deepspeed/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-deepspeed.txt deepspeed -e '.[test]'
+	DS_BUILD_OPS=0 .venv-deepspeed/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-deepspeed.txt deepspeed -e '.[lab,test]'
 	touch $@
 
 test-oldest:  ## the tests on the oldest versions that are admitted

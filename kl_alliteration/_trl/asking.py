@@ -5,12 +5,19 @@ from collections import defaultdict
 
 import torch
 from trl.data_utils import _tokenize
+from trl.models import unwrap_model_for_generation
 
 
 def reference_of(trainer):
     """The reference as a model of its own, TRL's or one that was loaded in its place; `None` where there is none."""
     seam = vars(trainer).get("_kl_alliteration_seam")
     return trainer.ref_model if seam is None or seam.scorer.own_reference is None else seam.scorer.own_reference
+
+
+def whole_policy(trainer):
+    """A context with the policy as a model that samples and scores outside of training: what ZeRO-3 shards, in one."""
+    again = {"gradient_checkpointing_kwargs": trainer.args.gradient_checkpointing_kwargs}
+    return unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, **again)
 
 
 def prompt_ids(trainer, rows: list[dict]) -> list[list[int]]:

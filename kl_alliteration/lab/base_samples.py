@@ -55,13 +55,12 @@ def _sampled(trainer, samples: int) -> list[dict]:
     wanted = [place for place in places for _ in range(each)]
     mine = wanted[accelerator.process_index :: world]
     removed = trainer.args.remove_unused_columns
-    model, found = accelerator.unwrap_model(trainer.model), []
-    limits = trainer.args.max_completion_length, trainer.args.temperature
-    config = plain_sampling(model, trainer.processing_class, *limits)
-    was_training = model.training
-    model.eval()
+    limits, found = (trainer.args.max_completion_length, trainer.args.temperature), []
     device = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(device):
+    with torch.no_grad(), torch.random.fork_rng(device), asking.whole_policy(trainer) as model:
+        config = plain_sampling(model, trainer.processing_class, *limits)
+        was_training = model.training
+        model.eval()
         torch.manual_seed(trainer.args.seed + accelerator.process_index)
         starts = range(0, len(mine), AT_ONCE)
         for start in track(starts, "samples of the base", disable=not accelerator.is_main_process, transient=True):
@@ -73,7 +72,7 @@ def _sampled(trainer, samples: int) -> list[dict]:
             rewards = asking.total_rewards(trainer, rows, sampled.completions, sampled.completion_ids)
             for place, text, reward in zip(some, sampled.texts, rewards, strict=True):
                 found.append({"place": place, "completion": text, "reward": None if math.isnan(reward) else reward})
-    model.train(was_training)
+        model.train(was_training)
     return sorted(gather_object(found), key=lambda row: row["place"])
 
 

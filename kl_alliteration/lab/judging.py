@@ -52,18 +52,19 @@ def judge_policy(trainer, stories: int, reward, max_new_tokens: int, temperature
     rows = [dataset[i % len(dataset)] for i in range(stories)]
     removed = trainer.args.remove_unused_columns and hasattr(trainer, "reward_funcs")  # before its rewards see them
     names = [] if removed else [name for name in dataset.column_names if name not in NO_COLUMNS]
-    return judge(
-        trainer.accelerator.unwrap_model(trainer.model),
-        trainer.processing_class,
-        [row["prompt"] for row in rows],
-        reward,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        ref_model=(reference := asking.reference_of(trainer)),
-        adapter_off_is_reference=adapted and reference is None,
-        columns={name: [row[name] for row in rows] for name in names},
-        tokenize=partial(asking.prompt_ids, trainer),
-    )
+    with asking.whole_policy(trainer) as policy:
+        return judge(
+            policy,
+            trainer.processing_class,
+            [row["prompt"] for row in rows],
+            reward,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            ref_model=(reference := asking.reference_of(trainer)),
+            adapter_off_is_reference=adapted and reference is None,
+            columns={name: [row[name] for row in rows] for name in names},
+            tokenize=partial(asking.prompt_ids, trainer),
+        )
 
 
 def read_options(folder: str | Path) -> dict:

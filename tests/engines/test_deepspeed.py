@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
+
+from kl_alliteration.story_lm import MODEL_PATH
 
 pytest.importorskip("deepspeed", reason="needs make engines")
 
@@ -75,15 +78,20 @@ def launcher(strategy: str, folder: Path) -> list[str]:
     return [*words, "--main_process_port", port, "--num_cpu_threads_per_process", 1]
 
 
+def start(*words) -> subprocess.CompletedProcess:
+    # What DeepSpeed compiles, once, stays with the environment.
+    compiled = {"TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions")}
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | compiled
+    return subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=600, env=environment
+    )
+
+
 def run(folder: Path, model: Path, cases: dict, launch: list, killed: bool = False) -> dict:
     """What `sharded_run.py` found, case by case."""
     plain = {"penalty": None, "lora": False, "reference": None, "resume": None, "killed": killed}
     asked = {name: plain | {"output_dir": str(folder / name)} | options for name, options in cases.items()}
-    command = [sys.executable, *launch, SCRIPT, model, folder / "found.pt", json.dumps(asked)]
-    # What DeepSpeed compiles, once, stays with the environment.
-    compiled = {"TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions")}
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | compiled
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, env=environment)
+    done = start(*launch, SCRIPT, model, folder / "found.pt", json.dumps(asked))
     assert killed == (done.returncode != 0), done.stderr[-4000:]
     return {} if killed else torch.load(folder / "found.pt")
 
@@ -154,3 +162,31 @@ def test_the_bound_tells_penalties_apart(alone):
     for lora in ("full", "LoRA"):
         worst = differences(alone[f"k1 in reward, {lora}"], alone[f"exact in reward, {lora}"])
         assert worst["weights"] > 100 * BOUND and worst["kl"] > BOUND
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("zero2", "--report_to none"),
+        ("zero2", "--use_peft"),
+        ("zero3", "--use_peft --plots true --base_samples 100"),
+        ("zero3", "--kl_placement reward"),
+    ],
+)
+def test_the_recipe_trains_and_saves_what_loads(strategy, options, tmp_path):
+    """Half a group on each process; the folder holds the whole model or adapter, and it has learnt."""
+    out = tmp_path / "out"
+    small = "--max_steps 2 --max_completion_length 12 --eval_stories 6 --logging_steps 1 --learning_rate 1e-2".split()
+    half = "--num_generations 8 --per_device_train_batch_size 4 --warmup_steps 0 --report_to none --use_cpu".split()
+    recipe = ROOT / "recipes/rloo_tall_tree.py"
+    done = start(*launcher(strategy, tmp_path), recipe, "--output_dir", out, *small, *half, *options.split())
+    assert done.returncode == 0, done.stderr[-4000:]
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["generations"] for entry in entries[:2]] == [8, 16]
+    base = AutoModelForCausalLM.from_pretrained(MODEL_PATH)
+    trained = AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.arange(1, 9).unsqueeze(0)
+    with torch.no_grad():
+        off = (trained(ids).logits - base(ids).logits).abs().max()
+    assert 1e-3 < off < 100
+    assert json.loads((out / "summary.json").read_text())["after"]["kl_per_sequence"] != 0
