@@ -20,7 +20,7 @@ from enumeration import (
     per_state,
 )
 from peft import LoraConfig
-from test_contract import FORWARD_ROWS, NOTHING, ROWS, ending_terms
+from test_contract import FORWARD_ROWS, NOTHING, ROWS, OpeningTables, ending_terms
 from test_grpo import TIMES, make_grpo  # noqa: F401  (a fixture)
 from trl import GRPOConfig, GRPOTrainer
 
@@ -126,6 +126,20 @@ def test_row_with_lora(enumerated, row):
     trainer = enumerated(lora=True, loss_type="grpo")
     KLPenaltyCallback(trainer, KLPenalty(*row, top_k=2))
     assert_row(trainer, ROWS[row], 1 / 2)
+
+
+@pytest.mark.parametrize("row", [("k1", "reward"), ("exact", "both")], ids="-".join)
+def test_a_price_on_the_opening(enumerated, row):
+    trainer = enumerated(loss_type="grpo")
+    KLPenaltyCallback(trainer, KLPenalty(*row, opening_tokens=1, opening_price=3.0))
+    assert_row(trainer, lambda t: ROWS[row](t) + 3.0 * ROWS[row](OpeningTables(t)), 1 / 2)
+
+
+def test_k3_with_a_price_on_the_opening_is_not_trl_s_own(enumerated):
+    trainer = enumerated(loss_type="grpo")
+    KLPenaltyCallback(trainer, KLPenalty("k3", "loss", opening_tokens=1, opening_price=3.0))
+    assert not seam_of(trainer).is_stock
+    assert_row(trainer, lambda t: ROWS["k3", "loss"](t) + 3.0 * ROWS["k3", "loss"](OpeningTables(t)), 1 / 2)
 
 
 @pytest.mark.parametrize("ratio", [False, True])
