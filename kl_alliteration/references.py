@@ -9,7 +9,7 @@ from ._trl import seam_of
 from .adapters import ADAPTER, REFERENCE, check_trains
 
 
-def use_loaded_reference(trainer, model_name_or_path: str | None = None) -> None:
+def use_loaded_reference(trainer, model_name_or_path: str | None = None, on_cpu: bool = False) -> None:
     """Measure the KL from a second model that is loaded for it, frozen.
 
     By default from the path of the first, and not from the adapter off: for adapters that leave something in the base
@@ -20,13 +20,16 @@ def use_loaded_reference(trainer, model_name_or_path: str | None = None) -> None
         trainer ([`~trl.RLOOTrainer`] or [`~trl.GRPOTrainer`]): The trainer, stock, its `beta` not 0. GRPO with an
             adapter needs a `KLPenaltyCallback` too: its own penalty would still take the adapter off.
         model_name_or_path (`str`, *optional*): A Hub id or a folder.
+        on_cpu (`bool`, *optional*, defaults to `False`):
+            It stays on the CPU and scores there, slowly, where a card has no room for a second model.
 
     Raises:
-        `ValueError`: for a model with other tokens; where TRL moves the reference by itself (`sync_ref_model`).
+        `ValueError`: for a model with other tokens; where TRL moves the reference by itself (`sync_ref_model`); on the
+            CPU beside DeepSpeed or FSDP.
     """
     if trainer.args.sync_ref_model:
         raise ValueError("sync_ref_model moves the reference to the policy: it goes with none that is loaded")
-    seam_of(trainer).use_loaded_reference(model_name_or_path)
+    seam_of(trainer).use_loaded_reference(model_name_or_path, on_cpu)
 
 
 class ReferenceCallback(TrainerCallback):

@@ -325,6 +325,7 @@ def test_conversational_prompts(tmp_path, tiny_model):
             ["--use_peft", "--kl_reference", "policy"],
             "kl_reference must be one of start, base, loaded, moving_average, reset, or a model",
         ),
+        (["--kl_reference_on_cpu", "true"], "kl_reference_on_cpu needs a second model as kl_reference: `loaded`, a"),
         (["--use_peft", "--reset_at_kl", "3"], "reset_at_kl and reset_optimizer need --kl_reference reset"),
         (["--use_peft", "--kl_reference", "reset", "--reset_at_kl", "0"], "reset_at_kl must be > 0, got 0.0"),
         (["--use_peft", "--sync_ref_model"], "with an adapter it is --kl_reference moving_average"),

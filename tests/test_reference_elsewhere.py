@@ -81,6 +81,25 @@ def test_every_kl_is_measured_from_it(kind, lora, tiny_model, teacher, tmp_path)
     assert batches[0].mean() > 0.1  # the policy does not begin there
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_that_stays_on_the_cpu_says_the_same(kind, lora, tiny_model, teacher, tmp_path):
+    """Where the policy is there too; `tests/gpu` has it beside a policy on a card."""
+    logs = []
+    for on_cpu in (False, True):
+        trainer = make(kind, lora, tiny_model, tmp_path)
+        use_loaded_reference(trainer, str(teacher), on_cpu)
+        trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("exact", "both")))
+        trainer.add_callback(KLMonitorCallback(trainer, exact=True))
+        trainer.train()
+        logs.append([{k: v for k, v in e.items() if "kl" in k} for e in trainer.state.log_history])
+    assert logs[0] == logs[1] and logs[0][0]["kl/exact_per_sequence"] > 0.1
+    reference = seam_of(trainer).scorer.own_reference or trainer.ref_model
+    hook = reference._hf_hook
+    assert (hook.execution_device, hook.io_same_device) == ("cpu", True)
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_trl_s_own_penalty_is_measured_from_it_too(kind, tiny_model, teacher, tmp_path):
     """Without an adapter TRL's reference is replaced, and its own code goes on as it is."""

@@ -50,8 +50,8 @@ class GRPOSeam(PenaltySeam):
         super().use_penalty(penalty)
         self.scorer.places = not self.is_stock
 
-    def use_loaded_reference(self, path: str | None = None) -> None:
-        super().use_loaded_reference(path)
+    def use_loaded_reference(self, path: str | None = None, on_cpu: bool = False) -> None:
+        super().use_loaded_reference(path, on_cpu)
         self.scorer.places = self.scorer.own_reference is not None
 
     @property

@@ -1,6 +1,7 @@
 """A model's way from its last hidden states to log-probabilities: a linear head, or whatever the model itself does."""
 
 import warnings
+from dataclasses import replace
 
 import torch
 from trl.trainer.utils import maybe_gather_lm_head_ctx
@@ -22,7 +23,7 @@ class OwnHead:
 
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, H) -> (N, V) log-probabilities, in float32 or better."""
-        backbone, states = self.model.base_model, hidden.unsqueeze(1)
+        backbone, states = self.model.base_model, hidden.unsqueeze(1).to(self.model.device)
         ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
         forward, backbone.forward = backbone.forward, lambda *args, **kwargs: self.kind(last_hidden_state=states)
         try:
@@ -37,6 +38,14 @@ def linear_head(model, temperature: float) -> kl.LMHead:
     """Of a head that ZeRO-3 shards a whole copy, without a gradient."""
     with maybe_gather_lm_head_ctx(*model.get_output_embeddings().parameters()):
         return kl.LMHead.of(model, temperature)
+
+
+def beside(head: kl.LMHead | OwnHead, states: torch.Tensor) -> kl.LMHead | OwnHead:
+    """The head of a model that may be elsewhere, on the device of its states."""
+    if isinstance(head, OwnHead) or head.weight.device == states.device:
+        return head
+    bias = None if head.bias is None else head.bias.to(states.device)
+    return replace(head, weight=head.weight.to(states.device), bias=bias)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The reference: loaded as TRL loads its own, or a model with its adapter off, where that is the base."""
 
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import PeftModel
 from transformers import AutoTokenizer
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -14,14 +15,19 @@ from trl.trainer.utils import (
 KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def load_reference(trainer, model, path: str | None = None):
+def load_reference(trainer, model, path: str | None = None, on_cpu: bool = False):
     """A second model, ready to score: from the path of `model`, a causal language model, or from another one.
 
+    `on_cpu`: it stays there, whatever is asked of it goes there, and what it answers comes back.
+
     Raises:
-        `ValueError`: where another one has other tokens, so that no token's probabilities could be compared.
+        `ValueError`: where another one has other tokens, so that no token's probabilities could be compared; on the
+            CPU beside DeepSpeed or FSDP.
     """
+    if on_cpu and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        raise ValueError("a reference on the CPU goes without DeepSpeed and FSDP, which shard it beside the policy")
     kwargs = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
-    options = trainer.args.model_init_kwargs or {}
+    options = (trainer.args.model_init_kwargs or {}) | ({"device_map": None} if on_cpu else {})
     if path is not None:
         check_tokens(trainer, path)
     reference = create_model_from_path(path or get_config_model_id(model.config), **options | kwargs)
@@ -31,6 +37,8 @@ def load_reference(trainer, model, path: str | None = None):
         raise ValueError(f"kl_reference: {path} has a vocabulary of {sizes[1]}, the policy one of {sizes[0]}")
     disable_dropout_in_model(reference)
     add_fused_lm_head(reference, temperature=trainer.temperature)
+    if on_cpu:
+        return add_hook_to_module(reference.requires_grad_(False).eval(), AlignDevicesHook("cpu", io_same_device=True))
     if trainer.is_deepspeed_enabled:  # sharded where the policy is, as TRL's own reference
         return prepare_deepspeed(reference, trainer.accelerator)
     if trainer.is_fsdp_enabled:

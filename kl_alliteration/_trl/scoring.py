@@ -10,7 +10,7 @@ from trl.trainer.utils import use_adapter
 
 from .. import kl
 from .first_batch import say_what_differs
-from .heads import OwnHead, choose_head, linear_head
+from .heads import OwnHead, beside, choose_head, linear_head
 from .reference import load_reference, why_off_is_not_the_base
 from .shared_prompts import SharedPrompts
 
@@ -92,9 +92,9 @@ class Scorer:
         if self.trainer.beta == 0 and self.trainer.ref_model is None and not self.has_free_reference:
             self.load_reference()
 
-    def load_reference(self, path: str | None = None) -> None:
+    def load_reference(self, path: str | None = None, on_cpu: bool = False) -> None:
         """A second model, from the path of the first or from another: the reference from here on."""
-        reference = load_reference(self.trainer, self._causal_lm(self.trainer.model), path)
+        reference = load_reference(self.trainer, self._causal_lm(self.trainer.model), path, on_cpu)
         if self.trainer.ref_model is not None:
             self.trainer.ref_model = reference
         else:
@@ -120,8 +120,8 @@ class Scorer:
         kept, self._states = self._states, None
         if kept is None:
             return Scored(results[0], results, None, None)
-        states = torch.cat([s[:, -logits_to_keep - 1 : -1] for s in kept])
-        head, logps = self._head_of(self._causal_lm(model), self.trainer.temperature), results[0]
+        states = torch.cat([s[:, -logits_to_keep - 1 : -1] for s in kept]).to(input_ids.device)
+        head, logps = beside(self._head_of(self._causal_lm(model), self.trainer.temperature), states), results[0]
         if self.own_head:
             ids, mask = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:]
             logps = kl.from_hidden_states(sampled_logps, states, states.detach(), head, head, ids, mask)

@@ -65,8 +65,8 @@ class Seam:
     def use_penalty(self, penalty) -> None:
         raise NotImplementedError
 
-    def use_loaded_reference(self, path: str | None = None) -> None:
-        self.scorer.load_reference(path)
+    def use_loaded_reference(self, path: str | None = None, on_cpu: bool = False) -> None:
+        self.scorer.load_reference(path, on_cpu)
 
     def check_reference(self) -> None:
         """`ValueError` where there is a reference and it is not what it seems."""

@@ -119,6 +119,8 @@ def check_adapter_options(args: OnlineArguments, training_args, model_args) -> N
         check_model_path("kl_reference", args.kl_reference)
     if named and training_args.beta == 0:
         raise ValueError("beta must not be 0 with a kl_reference that is a model: nothing would be measured from it")
+    if args.kl_reference_on_cpu and not named and args.kl_reference != "loaded":
+        raise ValueError("kl_reference_on_cpu needs a second model as kl_reference: `loaded`, a folder or a Hub id")
     adapted = model_args.use_peft or args.adapter_name_or_path
     if model_args.use_peft:
         check_targets(model_args.lora_target_modules)

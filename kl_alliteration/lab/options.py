@@ -110,6 +110,9 @@ class OnlineArguments(StoryArguments):
             "--ref_model_sync_steps, or beyond --reset_at_kl."
         },
     )
+    kl_reference_on_cpu: bool = field(
+        default=False, metadata={"help": "A reference that is a second model stays on the CPU and scores there."}
+    )
     reset_at_kl: float | None = field(
         default=None, metadata={"help": "KL per sequence, in nats, beyond which kl_reference `reset` resets."}
     )

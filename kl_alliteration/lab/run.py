@@ -74,9 +74,9 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
     model = trainer.accelerator.unwrap_model(trainer.model)
     steps = trainer.args.ref_model_sync_steps
     if args.kl_reference == "loaded":
-        use_loaded_reference(trainer)
+        use_loaded_reference(trainer, on_cpu=args.kl_reference_on_cpu)
     elif args.kl_reference not in REFERENCES:
-        use_loaded_reference(trainer, as_folder(args.kl_reference))
+        use_loaded_reference(trainer, as_folder(args.kl_reference), args.kl_reference_on_cpu)
     elif args.kl_reference == "moving_average":
         trainer.add_callback(MovingAverageReferenceCallback(trainer, trainer.args.ref_model_mixup_alpha, steps))
     elif args.kl_reference == "reset":

@@ -11,6 +11,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first 
 import json
 import runpy
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback, kl, use_fast_sampling
 from kl_alliteration._trl import seam_of
+from kl_alliteration.references import use_loaded_reference
 from kl_alliteration.sampling import use_fast_generate
 from kl_alliteration.sampling.decoder import read_decoder
 from kl_alliteration.sampling.generate import sample
@@ -123,6 +125,22 @@ def test_the_exact_penalty_trains(run, precision, lora):
     trainer = run(*instruments, lambda t: seam_of(t).observers.append(seen.append), lora=lora, **options)
     assert len(seen) == 5 and all(r.per_token_kl("exact").device.type == DEVICE for r in seen)
     assert all(torch.tensor(row).isfinite().all() for row in logged(trainer))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_reference_on_the_cpu_says_what_one_on_the_card_says(run, tiny_model, lora):
+    """Its weights stay there, the KL is made where the policy is, and its numbers differ by rounding."""
+    found, seen = [], []
+    for on_cpu in (False, True):
+        refer = partial(use_loaded_reference, model_name_or_path=str(tiny_model), on_cpu=on_cpu)
+        look = lambda trainer: seam_of(trainer).observers.append(seen.append)  # noqa: E731
+        trainer = run(refer, penalised(KLPenalty("exact", "both")), watched, look, lora=lora)
+        found.append(logged(trainer, ("reward", "kl", "kl/exact_per_sequence")))
+    reference = seam_of(trainer).scorer.own_reference or trainer.ref_model
+    assert {parameter.device.type for parameter in reference.parameters()} == {"cpu"}
+    assert {r.per_token_kl("exact").device.type for r in seen} == {DEVICE}
+    for on_card, on_cpu in zip(*found, strict=True):
+        assert on_cpu == pytest.approx(on_card, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize(
