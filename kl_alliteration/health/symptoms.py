@@ -245,7 +245,7 @@ def _collapse(log: Log) -> str | None:
     "one_plot",
     "a plot below half of the texts, and a tenth of the start's plots",
     "The KL is spent on the choice of what is told, not on how.",
-    "More prompts, or a price on plots (docs/control.md).",
+    "More prompts, or a price on plots or openings (docs/control.md).",
 )
 def _one_plot(log: Log) -> str | None:
     share, early, plots = (
