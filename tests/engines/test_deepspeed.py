@@ -168,7 +168,6 @@ def test_the_bound_tells_penalties_apart(alone):
     ("strategy", "options"),
     [
         ("zero2", "--report_to none"),
-        ("zero2", "--use_peft"),
         ("zero3", "--use_peft --plots true --base_samples 100"),
         ("zero3", "--kl_placement reward"),
     ],
