@@ -197,7 +197,7 @@ class KLPenalty:
             words += f" beyond a budget of {self.budget_per_token:g} nats per token"
             words += f", {self.within_budget:g} of it within" if self.within_budget else ""
         if self.opening_tokens:
-            words += f", and {self.opening_price:g} of it for each of the first {self.opening_tokens} tokens"
+            words += f", and {self.opening_price:g} times beta per nat of the first {self.opening_tokens} tokens"
         return words
 
     @property

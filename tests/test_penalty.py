@@ -149,7 +149,7 @@ def test_on_a_rollout_by_hand(rollout, options, expected):
         (
             {"opening_tokens": 12, "opening_price": 3.0},
             1,
-            "k1 in the reward, beta 1 per nat of the sequence, and 3 of it for each of the first 12 tokens",
+            "k1 in the reward, beta 1 per nat of the sequence, and 3 times beta per nat of the first 12 tokens",
         ),
         (
             {"budget_per_token": 0.0},

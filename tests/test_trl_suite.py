@@ -77,11 +77,14 @@ def test_what_passes_without_the_callbacks_passes_with_them(tree, plain, tmp_pat
     assert "passed" in without.values() and not broken - CHANGED.get(penalty, set())
 
 
+# Passes where no callbacks are put into every trainer, and there alone.
+IS_STOCK = "def test_is_stock():\n    assert not hasattr(GRPOTrainer.__init__, 'with_callbacks')\n"
+
+
 def test_the_runner_sees_what_the_callbacks_break(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / SUITES[0]).write_text(
-        "from trl import GRPOTrainer\n\n\n"
-        "def test_is_stock():\n    assert not hasattr(GRPOTrainer.__init__, 'with_callbacks')\n\n\n"
+        "from trl import GRPOTrainer\n\n\n" + IS_STOCK + "\n\n"
         "def test_always():\n    pass\n\n\ndef test_never():\n    assert False\n"
     )
     watched = outcomes(tmp_path, SUITES[0], tmp_path / "watched.xml", "own")
@@ -101,15 +104,17 @@ def test_stand_ins_are_found_under_the_names_of_the_hub(tmp_path):
     copy.mkdir()
     (source / SUITES[0]).write_text(
         "from datasets import load_dataset\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "from trl import GRPOConfig\n\n\n"
+        "from trl import GRPOConfig, GRPOTrainer\n\n\n"
         "def test_loads(tmp_path):\n"
         "    name = 'trl-internal-testing/tiny-Qwen2ForCausalLM-2.5'\n"
         "    tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)\n"
         "    assert [tokenizer.eos_token_id, model.config.pad_token_id] == [151645, 151643]\n"
         "    assert tokenizer.decode([64648, 22785, 198, 40]) == 'multiply_tool\\nI'\n"
         "    assert len(load_dataset('trl-internal-testing/zen', 'conversational_prompt_only')['train']) == 17\n"
-        "    assert GRPOConfig(tmp_path).max_steps == 4 and GRPOConfig(tmp_path, max_steps=1).max_steps == 1\n"
+        "    assert GRPOConfig(tmp_path).max_steps == 4 and GRPOConfig(tmp_path, max_steps=1).max_steps == 1\n\n\n"
+        + IS_STOCK
     )
     stand_ins.make(source, copy)
     assert [path.name for path in (copy / "trl-internal-testing").glob("tiny-*")] == ["tiny-Qwen2ForCausalLM-2.5"]
-    assert list(outcomes(copy, SUITES[0], tmp_path / "report.xml", None, offline=True).values()) == ["passed"]
+    plain = outcomes(copy, SUITES[0], tmp_path / "report.xml", None, offline=True)
+    assert list(plain.values()) == ["passed", "passed"]

@@ -133,8 +133,8 @@ def test_a_reference_on_the_cpu_says_what_one_on_the_card_says(run, tiny_model, 
     found, seen = [], []
     for on_cpu in (False, True):
         refer = partial(use_loaded_reference, model_name_or_path=str(tiny_model), on_cpu=on_cpu)
-        look = lambda trainer: seam_of(trainer).observers.append(seen.append)  # noqa: E731
-        trainer = run(refer, penalised(KLPenalty("exact", "both")), watched, look, lora=lora)
+        instruments = refer, penalised(KLPenalty("exact", "both")), watched
+        trainer = run(*instruments, lambda t: seam_of(t).observers.append(seen.append), lora=lora)
         found.append(logged(trainer, ("reward", "kl", "kl/exact_per_sequence")))
     reference = seam_of(trainer).scorer.own_reference or trainer.ref_model
     assert {parameter.device.type for parameter in reference.parameters()} == {"cpu"}
