@@ -130,6 +130,10 @@ def test_on_two_processes_shared_prompts_train_the_same_weights(two_processes, c
     assert two_processes[case] is True
 
 
+def test_on_two_processes_tokens_are_credited_beside_the_whole_group(two_processes):
+    assert two_processes["by_token"] is True
+
+
 def test_on_two_processes_means_are_of_all_completions(two_processes):
     assert len(two_processes["lengths"]) == 8
     for name, value in two_processes["pooled"].items():

@@ -18,7 +18,7 @@ SAMPLER = torch.tensor([[0.4, 0.3, 0.5, math.nan]])  # 0.1 and 0.3 up, 0.3 down,
 
 
 def kept(advantage: float, divergence_type: str, threshold: float) -> list[float]:
-    return trusted(P.log(), SAMPLER.log(), torch.tensor([advantage]), divergence_type, threshold)[0].tolist()
+    return trusted(P.log(), SAMPLER.log(), torch.tensor([[advantage]]), divergence_type, threshold)[0].tolist()
 
 
 def test_masks_by_hand():
@@ -38,7 +38,7 @@ def test_a_token_that_is_certain_is_finite():
         (certain, rare, 1.0, 0),
         (rare, certain, -1.0, 0),
     ]:
-        assert trusted(p, sampler, torch.tensor([advantage]), "binary_kl", 0.05).item() == is_kept
+        assert trusted(p, sampler, torch.tensor([[advantage]]), "binary_kl", 0.05).item() == is_kept
 
 
 THRESHOLDS = {"binary_tv": (100.0, 0.15, 0.05, 0.001), "binary_kl": (100.0, 0.05, 0.01, 0.0001)}

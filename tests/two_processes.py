@@ -21,7 +21,15 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from kl_alliteration import KLControlCallback, KLMonitorCallback, KLPenalty, KLPenaltyCallback, kl, share_prompts
+from kl_alliteration import (
+    KLControlCallback,
+    KLMonitorCallback,
+    KLPenalty,
+    KLPenaltyCallback,
+    kl,
+    share_prompts,
+    use_reward_to_go,
+)
 from kl_alliteration.control import LogPIRule
 
 torch.set_num_threads(1)
@@ -130,8 +138,42 @@ def grpo_with_a_penalty(folder: str) -> bool:
     return len(seen) == 3 and all(good for good, _ in seen) and seen[-1][1] > 1e-4
 
 
+def reward_by_token(folder: str) -> bool:
+    """Credit in one group whose two halves, of different lengths, are on two processes: by definition, of all texts."""
+    trainer = make(folder, False, 1, num_generations=8, max_completion_length=24)
+    use_reward_to_go(trainer, 0.5)
+    rank, seen, generate = trainer.accelerator.process_index, [], trainer._generate_and_score_completions
+
+    def worth(ids: list[int]) -> float:
+        return reward([trainer.processing_class.decode(ids, skip_special_tokens=True)])[0]
+
+    def spy(inputs):
+        output = generate(inputs)
+        ids, lengths = output["completion_ids"].tolist(), output["completion_mask"].sum(1).tolist()
+        here = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+        texts = gather_object(here)
+        values = [[worth(row[: t + 1]) for t in range(len(row))] for row in texts]
+        added = [[b - a for a, b in zip([0.0, *row], row, strict=False)] for row in values]
+        longest = max(map(len, added))
+        added = [row + [0.0] * (longest - len(row)) for row in added]
+        go = [[sum(0.5**n * r for n, r in enumerate(row[t:])) for t in range(longest)] for row in added]
+        near = []
+        for i, row in enumerate(here):
+            n = 4 * rank + i
+            total = sum(added[n]) - sum(sum(added[m]) for m in range(8) if m != n) / 7
+            for t in range(len(row)):
+                by_token = go[n][t] - sum(go[m][t] for m in range(8) if m != n) / 7
+                near.append(abs(output["kl_credit"][i, t].item() - (by_token - total)) < 1e-4)
+        seen.append(all(near) and len(set(map(len, texts))) > 1)
+        return output
+
+    trainer._generate_and_score_completions = spy
+    trainer.train()
+    return all(sum(gather_object([seen]), []))
+
+
 def main(folder: str) -> None:
-    found = {"grpo": grpo_with_a_penalty(folder)}
+    found = {"grpo": grpo_with_a_penalty(folder), "by_token": reward_by_token(folder)}
     trainer, seen = controlled(folder, per_device=8)
     ranks = gather_object([seen.steps])
     found["sharded"] = sharded_exact_kl(folder)

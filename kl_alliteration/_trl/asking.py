@@ -37,11 +37,10 @@ def preference_prompt_ids(tokenizer, row: dict) -> list[int]:
     return list(_tokenize(tokenizer, row["prompt"], add_generation_prompt=True, **options)["input_ids"])
 
 
-def total_rewards(trainer, rows: list[dict], completions: list, completion_ids: list[list[int]]) -> list[float]:
-    """The rewards of an online trainer for completions of B rows, weighted and summed as it does.
+def rewards_of(trainer, rows: list[dict], completions: list, completion_ids: list[list[int]]) -> torch.Tensor:
+    """(B, functions) rewards of an online trainer for completions of B rows, NaN where a function does not apply.
 
-    NaN where none applies. Nothing of it gets into the trainer's logs. With several processes all have to call this,
-    each with B rows.
+    Nothing of it gets into the trainer's logs. With several processes all have to call this, each with B rows.
     """
     before = trainer._pending_metrics, trainer._pending_extra_logs, trainer.args.report_to
     trainer._pending_metrics, trainer._pending_extra_logs = defaultdict(list), defaultdict(list)
@@ -51,6 +50,11 @@ def total_rewards(trainer, rows: list[dict], completions: list, completion_ids: 
         found = type(trainer)._calculate_rewards(trainer, rows, prompts, completions, completion_ids)
     finally:
         trainer._pending_metrics, trainer._pending_extra_logs, trainer.args.report_to = before
-    found = found[trainer.accelerator.process_index * len(rows) :][: len(rows)]  # (B, functions)
+    return found[trainer.accelerator.process_index * len(rows) :][: len(rows)]
+
+
+def total_rewards(trainer, rows: list[dict], completions: list, completion_ids: list[list[int]]) -> list[float]:
+    """Those, weighted and summed as the trainer does; NaN where none applies."""
+    found = rewards_of(trainer, rows, completions, completion_ids)
     total = (found * trainer.reward_weights.to(found.device)).nansum(1)  # (B,)
     return total.masked_fill(found.isnan().all(1), torch.nan).tolist()

@@ -21,6 +21,7 @@ class Batch:
     own_tokens: list | None = None  # masks of the completions' tokens: 0 where a tool wrote
     rollout: kl.Rollout | None = None
     rewards: torch.Tensor | None = None  # (B of all processes, functions)
+    rewarded: tuple | None = None  # what they are of: B rows of the data set, and their completions as TRL has them
     penalty: torch.Tensor | None = None  # (B,), what beta is multiplied with in the reward
     ref_head: kl.LMHead | None = None
     graph: Scored | None = None  # the policy's score with its graph, for a loss that uses it
@@ -36,14 +37,15 @@ class LossPass:
     rows: torch.Tensor | None
     weigh: Callable | None = None  # (B, T) log-probabilities -> (B, T) weights of their gradients, or `None`
     scored: Scored | None = None
+    logps: torch.Tensor | None = None  # (B, T), the policy's, the gradient of each token weighted
 
-    @property
-    def weighted_results(self) -> tuple:
-        """What TRL makes its loss of: the policy's score, the gradient of each token weighted."""
-        logps, *others = self.scored.results
+    def take(self, scored: Scored) -> tuple:
+        """What TRL makes its loss of."""
+        self.scored, (logps, *others) = scored, scored.results
         held = logps.detach()
         weights = None if self.weigh is None else self.weigh(held)
-        return self.scored.results if weights is None else (held + weights * (logps - held), *others)
+        self.logps = logps if weights is None else held + weights * (logps - held)
+        return self.logps, *others
 
 
 class PenaltySeam(Seam):
@@ -136,7 +138,9 @@ class PenaltySeam(Seam):
         hidden = scored.with_reference(inputs.get("kl_ref_hidden"), self.batch.ref_head)
         logps = scored.logps, inputs["kl_ref_logps"]
         penalty = self.penalty(kl.Rollout(*logps, inputs["completion_ids"], mask, hidden, known))
-        if old_logps is None:
-            return penalty
+        return penalty if old_logps is None else self.ratio(scored, mask, old_logps) * penalty
+
+    def ratio(self, scored: Scored, mask: torch.Tensor, old_logps: torch.Tensor) -> torch.Tensor:
+        """(B,) of the policy over the one that sampled, within the clip range."""
         ratio = ((scored.results[0].detach() * mask).sum(1) - old_logps).exp()
-        return ratio.clamp(1 - self.trainer.epsilon_low, 1 + self.trainer.epsilon_high) * penalty
+        return ratio.clamp(1 - self.trainer.epsilon_low, 1 + self.trainer.epsilon_high)

@@ -64,14 +64,13 @@ class RLOOSeam(PenaltySeam):
     def calculate_rewards(self, *args, **kwargs):
         rewards = self.stock.calculate_rewards(*args, **kwargs)
         if self.batch is not None:
-            self.batch.rewards = rewards
+            self.batch.rewards, self.batch.rewarded = rewards, (args[0], args[2])
         return rewards
 
     def get_logps(self, model, *asked, **kwargs):
         """TRL's method, its results recorded. A generation batch's second call is the reference's, or replaces it."""
         if self.loss_pass is not None:
-            self.loss_pass.scored = self._score_for_loss(model, *asked, **kwargs)
-            return self.loss_pass.weighted_results
+            return self.loss_pass.take(self._score_for_loss(model, *asked, **kwargs))
         batch = self.batch
         if batch is None or not batch.under_way:
             return self.scorer.score(model, *asked, **kwargs).results
@@ -130,5 +129,8 @@ class RLOOSeam(PenaltySeam):
         if self.in_loss and self.beta != 0:
             penalty = self._penalty_of_loss(loss_pass, inputs, inputs["completion_mask"], inputs["old_logps"])
             loss = loss + self.beta * (penalty * inputs.get("kl_text_weights", 1.0)).mean()
+        if "kl_credit" in inputs:  # a value of 0, and the gradient of each token's own part of the advantage
+            own = inputs["kl_credit"] * (loss_pass.logps - loss_pass.logps.detach())
+            loss = loss - (self.ratio(scored, inputs["completion_mask"], inputs["old_logps"]) * own.sum(1)).mean()
         self.check_loss(loss)
         return loss

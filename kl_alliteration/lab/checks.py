@@ -59,10 +59,25 @@ def check_penalty_options(args: OnlineArguments, training_args) -> None:
         raise ValueError("sampler_correction is RLOO's: GRPO has its own, --vllm_importance_sampling_mode")
     if args.score_as_sampled and isinstance(args, GRPOArguments):
         raise ValueError("score_as_sampled is RLOO's: sample GRPO's completions without truncation")
+    if args.reward_discount is not None:
+        check_reward_to_go(args, training_args)
     if args.baseline == "none" and isinstance(args, GRPOArguments):
         raise ValueError("baseline 'none' is RLOO's: GRPO's is the mean of its group")
     if args.baseline == "none" and training_args.normalize_advantages:
         raise ValueError("baseline 'none' has no advantages to normalize: leave normalize_advantages out")
+
+
+def check_reward_to_go(args: OnlineArguments, training_args) -> None:
+    if not 0 <= args.reward_discount <= 1:
+        raise ValueError(f"reward_discount must be from 0 to 1, got {args.reward_discount}; none credits whole texts")
+    if args.reward_prefix_tokens < 1:
+        raise ValueError(f"reward_prefix_tokens must be >= 1, got {args.reward_prefix_tokens}")
+    if isinstance(args, GRPOArguments):
+        raise ValueError("reward_discount is RLOO's: GRPO has one advantage for all tokens of a completion")
+    if training_args.normalize_advantages:
+        raise ValueError("reward_discount gives tokens advantages in reward: leave normalize_advantages out")
+    if args.baseline == "none":
+        raise ValueError("reward_discount compares a token with the group's other completions: leave baseline out")
 
 
 def check_online_options(args: OnlineArguments, training_args) -> None:

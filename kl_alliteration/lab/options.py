@@ -197,6 +197,16 @@ class OnlineArguments(StoryArguments):
         default="leave_one_out",
         metadata={"help": "`leave_one_out`: RLOO; `none`: REINFORCE, the reward less the penalty as it is."},
     )
+    reward_discount: float | None = field(
+        default=None,
+        metadata={
+            "help": "RLOO: credit each token with the reward from there on, n tokens later times this to the n-th; 1 is "
+            "the same objective with less noise, 0.6 looks two or three words ahead. `none` credits the whole text."
+        },
+    )
+    reward_prefix_tokens: int = field(
+        default=1, metadata={"help": "With reward_discount: tokens from one prefix that is rewarded to the next."}
+    )
     sampler_correction: str = field(
         default="none",
         metadata={

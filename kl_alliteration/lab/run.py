@@ -19,6 +19,7 @@ from trl import ModelConfig
 from .._trl import leave_baseline_out, seam_of
 from ..adapters import REFERENCE, check_trains, name_base, save_stacked
 from ..control import KLControlCallback
+from ..credit import use_reward_to_go
 from ..evaluation import Judgement, tokenize_prompts
 from ..guard import CollapseGuardCallback
 from ..health import KLHealthCallback
@@ -88,6 +89,8 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
     trainer.add_callback(KLPenaltyCallback(trainer, args.penalty, strict=args.strict))
     if args.baseline == "none":
         leave_baseline_out(seam_of(trainer))
+    if args.reward_discount is not None:
+        use_reward_to_go(trainer, args.reward_discount, args.reward_prefix_tokens)
     exact = args.penalty.estimator == "exact"
     controlled = args.penalty.estimator if args.penalty.full_vocabulary else "k1"
     if args.share_prompts:

@@ -44,7 +44,7 @@ def trusted(
 
     Args:
         logps, sampler_logps (`torch.Tensor`): (B, T); NaN of the sampler counts as the policy's own.
-        advantages (`torch.Tensor`): (B,).
+        advantages (`torch.Tensor`): (B, 1), or (B, T) of each token's own.
 
     Returns:
         `torch.Tensor`: (B, T), 1 or 0.
@@ -56,7 +56,7 @@ def trusted(
     else:
         rest, sampled_rest = ((1 - each).clamp(min=torch.finfo(p.dtype).eps) for each in (p, sampled))
         divergence = sampled_rest * (sampled_rest / rest).log() - sampled * log_ratio
-    away = advantages.unsqueeze(1) * log_ratio > 0
+    away = advantages * log_ratio > 0
     return (~(away & (divergence > threshold))).to(logps)
 
 
@@ -112,7 +112,8 @@ def use_sampler_correction(
     listen_to_engine(seam)
 
     def in_trust_region(logps: torch.Tensor, inputs: dict) -> torch.Tensor:
-        sampler_logps, advantages = inputs["kl_sampler_logps"], inputs["advantages"]
+        sampler_logps = inputs["kl_sampler_logps"]
+        advantages = inputs["advantages"].unsqueeze(1) + inputs.get("kl_credit", 0.0)
         kept = trusted(logps, sampler_logps, advantages, divergence_type, divergence_threshold)
         dropped = seam.mean_per_token(1 - kept, inputs["completion_mask"])
         seam.metrics["kl/sampler_dropped_share"].append(dropped)

@@ -1,0 +1,48 @@
+"""Rewards of the beginnings of completions, by TRL's own code."""
+
+import torch
+
+from .asking import rewards_of
+from .baseline import weighted
+
+
+def partial_rewards(trainer, ids: torch.Tensor, mask: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the generation batch under way, (B, T) tokens: what its first `step`, 2 `step`, ... tokens are worth.
+
+    Weighted, summed and clipped as the trainer does, and carried on over prefixes to which no function applies. Where
+    a completion is over its reward stands as TRL has it. A function with `whole_text = True` is asked of none.
+
+    Returns:
+        Two tensors (B, K): the rewards, and the last token of each prefix. NaN where the completion has no reward.
+    """
+    accelerator, (rows, completions) = trainer.accelerator, trainer._kl_alliteration_seam.batch.rewarded
+    lengths, points = mask.sum(1), torch.arange(step, ids.shape[1] + step, step, device=ids.device)  # (B,), (K,)
+    b, k = (points < lengths.unsqueeze(1)).nonzero(as_tuple=True)  # the M prefixes that are not whole
+    # Every process has to ask for as many: what is missing are copies of the first completion.
+    missing = int(accelerator.gather(torch.tensor([len(b)], device=ids.device)).max()) - len(b)
+    of = b.tolist() + [0] * missing
+    parts = [ids[row, : points[place]].tolist() for row, place in zip(b.tolist(), k.tolist(), strict=True)]
+    parts += [ids[0].tolist()] * missing
+    start = accelerator.process_index * len(ids)
+    whole = trainer._kl_alliteration_seam.batch.rewards[start : start + len(ids)]  # (B, functions)
+    found = whole.unsqueeze(1).repeat(1, len(points), 1)  # (B, K, functions)
+    if parts:
+        texts = trainer.processing_class.batch_decode(parts, skip_special_tokens=True)
+        asked = [_of_text(completions[row], text) for row, text in zip(of, texts, strict=True)]
+        found[b, k] = rewards_of(trainer, [rows[row] for row in of], asked, parts)[: len(b)].to(found)
+    for place, function in enumerate(trainer.reward_funcs):
+        if getattr(function, "whole_text", False):
+            found[..., place] = whole[:, place].unsqueeze(1)
+    total = weighted(trainer, found.flatten(0, 1)).view(found.shape[:2])
+    nothing = total[:, -1].isnan()  # of the whole completion
+    known = torch.zeros_like(total[:, 0])
+    for column in total.unbind(1):
+        column.copy_(known := torch.where(column.isnan(), known, column))
+    total[nothing] = torch.nan
+    ends = torch.minimum(points, lengths.unsqueeze(1)).clamp(min=1) - 1
+    return total, ends
+
+
+def _of_text(completion, text: str):
+    """A completion with another text: plain, or the assistant's one message."""
+    return text if isinstance(completion, str) else [*completion[:-1], completion[-1] | {"content": text}]

@@ -1,0 +1,241 @@
+"""Reward by token: its gradient by enumeration through TRL's own loss, its parts by hand, and what it is told."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from conftest import TINY_RUN
+from datasets import Dataset
+from enumeration import ENDING, FIXED, PROMPT, Tables, flat, move, parameters, reverse_kl
+from test_contract import BETA, enumerated  # noqa: F401  (a fixture)
+from test_off_policy import UNCLIPPED
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from kl_alliteration import KLPenalty, KLPenaltyCallback, use_fast_sampling, use_reward_to_go
+from kl_alliteration._trl import partial_rewards, seam_of
+from kl_alliteration.credit import less_the_others, to_go
+
+# Of texts: an "e" ends them and is not seen, nor is a "p". A prefix may be worth more than the whole.
+WORTH = {"": 0.3, "a": 1.0, "b": -0.5, "c": 0.7, "a b": 2.0, "b a": 0.1, "c c": -1.0, "c a": 1.5, "b b": 0.4}
+
+
+def worth(text: str) -> float:
+    return WORTH.get(text, 0.0)
+
+
+def reward(completions, **columns):
+    return [worth(text) for text in completions]
+
+
+def rewarded(trainer, completions):
+    """The trainer with that reward, and the completions' own texts."""
+    texts = trainer.processing_class.batch_decode(completions, skip_special_tokens=True)
+    trainer._generate = lambda prompts: ([PROMPT] * len(prompts), completions, texts)
+    trainer.reward_funcs = [reward]
+    return trainer
+
+
+def trained_gradient(trainer, completions, between=None) -> torch.Tensor:
+    """E[gradient of the loss] under the policy that sampled, each completion weighted by how likely it is."""
+    n = len(completions)
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([{"prompt": "b c"}] * n)
+    if between is not None:
+        between(trainer)
+    for name in ("advantages", "kl_credit"):  # leave-one-out is n / (n - 1) times "less the mean", a constant
+        batch[name] = batch[name] * (n - 1) / n
+    total = 0
+    for i in range(n):
+        loss = trainer._compute_loss(trainer.model, {name: value[i : i + 1] for name, value in batch.items()})
+        found = torch.autograd.grad(loss, parameters(trainer), allow_unused=True)
+        found = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters(trainer), strict=True)]
+        total = total + batch["old_logps"][i].exp() * flat(found)
+    return total
+
+
+def earned(trainer, t: Tables, discount: float, completions) -> torch.Tensor:
+    """sum over t of E[(r_t + discount * r_t+1) grad log p(t)], as an objective: what is not differentiated is held."""
+    decode = partial(trainer.processing_class.decode, skip_special_tokens=True)
+    total = 0
+    for ids in completions:
+        first, second = t.p1[ids[0]].exp(), t.p2[ids[0], ids[-1]].exp()
+        before, whole = worth(decode(ids[:1])), worth(decode(ids))
+        if len(ids) == 1:
+            total = total + first * whole
+        else:
+            # The first token's own reward stands in as many of these terms as there are second tokens.
+            total = total + first * second.detach() * (before + discount * (whole - before))
+            total = total + first.detach() * second * (whole - before)
+    return total
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("completions", [FIXED, ENDING], ids=["fixed", "ending"])
+@pytest.mark.parametrize("discount", [1.0, 0.6, 0.0])
+def test_gradient(enumerated, discount, completions, lora):  # noqa: F811
+    trainer = rewarded(enumerated(completions, lora=lora), completions)
+    KLPenaltyCallback(trainer, KLPenalty("k1", "reward"))
+    use_reward_to_go(trainer, discount)
+    found, t = trained_gradient(trainer, completions), Tables(trainer)
+    wanted = t.gradient(earned(trainer, t, discount, completions))
+    if completions is FIXED:
+        t = Tables(trainer)
+        charged = t.gradient(reverse_kl(t))
+        torch.testing.assert_close(found, BETA * charged - wanted, atol=1e-6, rtol=0)
+    else:
+        seam_of(trainer).beta = 0.0
+        found = trained_gradient(trainer, completions)
+        torch.testing.assert_close(found, -wanted, atol=1e-6, rtol=0)
+    assert wanted.abs().max() > 1e-3
+    if discount == 1:  # the same as the whole reward's
+        decode = partial(trainer.processing_class.decode, skip_special_tokens=True)
+        t = Tables(trainer)
+        terms = (
+            (t.p1[ids[0]] + (t.p2[ids[0], ids[1]] if len(ids) > 1 else 0)).exp() * worth(decode(ids))
+            for ids in completions
+        )
+        torch.testing.assert_close(t.gradient(sum(terms)), wanted, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.6])
+def test_gradient_after_an_update(enumerated, discount):  # noqa: F811
+    """Completions of an earlier policy are weighted to the present one."""
+    trainer = rewarded(enumerated(**UNCLIPPED), FIXED)
+    seam_of(trainer).beta = 0.0
+    use_reward_to_go(trainer, discount)
+    found = trained_gradient(trainer, FIXED, between=partial(move, seed=3))
+    t = Tables(trainer)
+    torch.testing.assert_close(found, -t.gradient(earned(trainer, t, discount, FIXED)), atol=1e-6, rtol=0)
+
+
+def test_one_prefix_is_stock(enumerated):  # noqa: F811
+    trainer = rewarded(enumerated(), FIXED)
+    use_reward_to_go(trainer, every_tokens=2)
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([{"prompt": "b c"}] * len(FIXED))
+    assert batch["kl_credit"].abs().max() < 1e-6
+    assert trainer._metrics["train"]["reward_to_go/spread"][0] == pytest.approx(1)
+
+
+def test_to_go_by_hand():
+    added = torch.tensor([[1.0, 2.0, 4.0], [0.0, -1.0, 0.0]])
+    assert to_go(added, 1.0).tolist() == [[7, 6, 4], [-1, -1, 0]]
+    assert to_go(added, 0.5).tolist() == [[3, 4, 4], [-0.5, -1, 0]]
+    assert to_go(added, 0.0).tolist() == added.tolist()
+
+
+def test_less_the_others_by_hand():
+    values = torch.tensor([1.0, 2.0, 6.0, 5.0, math.nan, 1.0, 3.0, math.nan, math.nan])
+    assert less_the_others(values, 3).tolist() == [-3, -1.5, 4.5, 4, 0, -4, 0, 0, 0]
+    assert less_the_others(torch.tensor([[1.0, 0.0], [3.0, 4.0]]), 2).tolist() == [[-2, -4], [2, 4]]
+
+
+class Words:
+    """Rewards by text, `None` where it has none; remembers what it was asked."""
+
+    __name__ = "words"
+
+    def __init__(self, whole_text=False):
+        self.asked = []
+        self.whole_text = whole_text
+
+    def __call__(self, completions, completion_ids, noun, **columns):
+        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+        self.asked.append(list(zip(texts, completion_ids, noun, strict=True)))
+        return [None if text == "a" else float(len(text)) for text in texts]
+
+
+def worth_of_prefixes(enumerated, completions, functions, step=1, **options):  # noqa: F811
+    trainer = rewarded(enumerated(completions, **options), completions)
+    trainer.reward_funcs, names = functions, [f.__name__ for f in functions]
+    trainer.reward_func_names, trainer.reward_weights = names, torch.tensor([1.0, 10.0][: len(functions)])
+    trainer.reward_processing_classes = [None] * len(functions)
+    seam_of(trainer)
+    trainer.model.train()
+    rows = [{"prompt": "b c", "noun": f"n{i}"} for i in range(len(completions))]
+    batch = trainer._generate_and_score_completions(rows)
+    return partial_rewards(trainer, batch["completion_ids"], batch["completion_mask"], step)
+
+
+def test_rewards_of_prefixes(enumerated):  # noqa: F811
+    words = Words()
+    found, ends = worth_of_prefixes(enumerated, [[2, 3], [3, 2], [4]], [words])
+    # "a" has none and counts as nothing; "a b", "b", "b a" are as long as they are; "c" is over after one token.
+    assert found.tolist() == [[0, 3], [1, 3], [1, 1]]
+    assert ends.tolist() == [[0, 1], [0, 1], [0, 0]]
+    assert words.asked[1] == [("a", [2], "n0"), ("b", [3], "n1")]  # with the row's own columns
+
+
+def test_a_completion_without_a_reward_has_none_by_token(enumerated):  # noqa: F811
+    found, _ = worth_of_prefixes(enumerated, [[2], [3, 2]], [Words()])
+    assert found[0].isnan().all() and found[1].tolist() == [1, 3]
+
+
+def test_a_reward_of_whole_texts_is_not_asked_of_prefixes(enumerated):  # noqa: F811
+    whole = Words(whole_text=True)
+    whole.__name__ = "whole"
+    found, _ = worth_of_prefixes(enumerated, [[3, 2], [4, 4]], [Words(), whole])
+    assert found.tolist() == [[1 + 30, 3 + 30], [1 + 30, 3 + 30]]
+
+
+def test_rewards_are_clipped_as_the_trainer_clips_them(enumerated):  # noqa: F811
+    found, _ = worth_of_prefixes(enumerated, [[3, 2], [4, 4]], [Words()], reward_clip_range=(0.0, 2.0))
+    assert found.tolist() == [[1, 2], [1, 2]]
+
+
+def make(tiny_model, tmp_path, prompts, **options):
+    def vowels(completions, **columns):
+        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+        return [float(sum(text.count(letter) for letter in "aeiou")) for text in texts]
+
+    return RLOOTrainer(
+        model=str(tiny_model),
+        reward_funcs=vowels,
+        args=RLOOConfig(**TINY_RUN | {"output_dir": str(tmp_path), "beta": 0.05, "logging_steps": 1} | options),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+    )
+
+
+def test_it_trains_beside_the_rest(tiny_model, tmp_path):
+    """Exact in both, the policy's own forward pass, a sampler's correction, two micro-batches of one batch."""
+    from kl_alliteration import share_prompts, use_sampler_correction
+
+    trainer = make(tiny_model, tmp_path, ["once upon a time", "there was a"] * 8, gradient_accumulation_steps=2)
+    trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("exact", "both")))
+    use_reward_to_go(trainer, 0.6, every_tokens=3)
+    share_prompts(trainer)
+    use_fast_sampling(trainer)
+    use_sampler_correction(trainer, divergence_type="binary_tv")
+    trainer.train()
+    spread = [entry["reward_to_go/spread"] for entry in trainer.state.log_history if "reward" in entry]
+    assert spread and all(0 < each < 1 for each in spread)
+
+
+def test_evaluation_has_no_credit(tiny_model, tmp_path):
+    trainer = make(tiny_model, tmp_path, ["once upon a time"] * 8)
+    use_reward_to_go(trainer)
+    trainer.model.eval()
+    assert "kl_credit" not in trainer._generate_and_score_completions([{"prompt": "once upon a time"}] * 4)
+
+
+def test_refusals(tiny_model, tmp_path, enumerated):  # noqa: F811
+    trainer = enumerated()
+    for options, words in [
+        ({"discount": 1.5}, "reward_discount must be from 0 to 1, got 1.5"),
+        ({"discount": math.nan}, "reward_discount must be from 0 to 1, got nan"),
+        ({"every_tokens": 0}, "reward_prefix_tokens must be >= 1, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            use_reward_to_go(trainer, **options)
+    with pytest.raises(ValueError, match="leave normalize_advantages out"):
+        use_reward_to_go(enumerated(normalize_advantages=True))
+    options = TINY_RUN | {"output_dir": str(tmp_path)}
+    grpo = GRPOTrainer(
+        model=str(tiny_model),
+        reward_funcs=reward,
+        args=GRPOConfig(**options),
+        train_dataset=Dataset.from_dict({"prompt": ["once"] * 8}),
+    )
+    with pytest.raises(ValueError, match="reward_discount is RLOO's"):
+        use_reward_to_go(grpo)
