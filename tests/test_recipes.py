@@ -227,7 +227,7 @@ def test_a_target_takes_the_place_of_a_file_s_budget_and_beta(tmp_path, tiny_mod
 
 
 def test_plots_are_counted_by_skeletons_and_by_clusters(tmp_path, tiny_model, monkeypatch, capsys):
-    options = "--plot_price", "2", "--base_samples", "150", "--logging_steps", "1", *SMALL
+    options = "--plot_price", "2", "--reward_discount", "0.6", "--base_samples", "150", "--logging_steps", "1", *SMALL
     shown = run(RECIPE, "--output_dir", "embedded", *options, cwd=tmp_path).stdout
     assert "effective_plots" in shown and "kl_of_plots" in shown
     run(RECIPE, "--output_dir", "tiny", "--model_name_or_path", tiny_model, *options, cwd=tmp_path)
@@ -235,6 +235,7 @@ def test_plots_are_counted_by_skeletons_and_by_clusters(tmp_path, tiny_model, mo
         first = lines(tmp_path / name / "metrics.jsonl")[0]
         whole = first["plots/kl_per_sequence"] + first["plots/kl_within_per_sequence"]
         assert whole == pytest.approx(first["kl/exact_per_sequence"], abs=1e-3) and first["plots/effective"] >= 1
+        assert 0 < first["reward_to_go/spread"] < 1
         summary = json.loads((tmp_path / name / "summary.json").read_text())
         assert summary["before"]["effective_plots"] >= 1 and 0 < summary["after"]["most_told_share"] <= 1
         assert "rewards/plot_penalty/mean" in first
@@ -289,6 +290,10 @@ def test_conversational_prompts(tmp_path, tiny_model):
         ),
         (["--baseline", "mean"], "baseline must be one of leave_one_out, none, got 'mean'"),
         (["--baseline", "none", "--normalize_advantages"], "baseline 'none' has no advantages to normalize"),
+        (["--reward_discount", "2"], "reward_discount must be from 0 to 1, got 2.0; none credits whole texts"),
+        (["--reward_discount", "1", "--reward_prefix_tokens", "0"], "reward_prefix_tokens must be >= 1, got 0"),
+        (["--reward_discount", "1", "--normalize_advantages"], "gives tokens advantages in reward: leave normalize"),
+        (["--reward_discount", "1", "--baseline", "none"], "with the group's other completions: leave baseline out"),
         (["--beta_unit", "week"], "beta_unit must be one of sequence, study, got 'week'"),
         (["--kl_controller", "pid"], "kl_controller must be one of fixed, step, ppo, ziegler, pi, got 'pid'"),
         (["--kl_controller", "pi"], "target_kl_per_token must be > 0 with kl_controller 'pi', got None"),
