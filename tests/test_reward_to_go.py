@@ -167,6 +167,18 @@ def test_rewards_of_prefixes(enumerated):  # noqa: F811
     assert words.asked[1] == [("a", [2], "n0"), ("b", [3], "n1")]  # with the row's own columns
 
 
+def test_prefixes_of_a_conversation_are_the_assistant_s_message(enumerated):  # noqa: F811
+    trainer, words = rewarded(enumerated([[3, 2], [4, 4]]), [[3, 2], [4, 4]]), Words()
+    ids, completions, texts = trainer._generate(["b c"] * 2)
+    trainer._generate = lambda prompts: (ids, completions, [[{"role": "assistant", "content": t}] for t in texts])
+    trainer.reward_funcs = [words]
+    seam_of(trainer)
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([{"prompt": "b c", "noun": "n"}] * 2)
+    found, _ = partial_rewards(trainer, batch["completion_ids"], batch["completion_mask"], 1)
+    assert found.tolist() == [[1, 3], [1, 3]] and [text for text, *_ in words.asked[1]] == ["b", "c"]
+
+
 def test_a_completion_without_a_reward_has_none_by_token(enumerated):  # noqa: F811
     found, _ = worth_of_prefixes(enumerated, [[2], [3, 2]], [Words()])
     assert found[0].isnan().all() and found[1].tolist() == [1, 3]

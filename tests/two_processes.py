@@ -139,7 +139,7 @@ def grpo_with_a_penalty(folder: str) -> bool:
 
 
 def reward_by_token(folder: str) -> bool:
-    """Credit in one group whose two halves, of different lengths, are on two processes: by definition, of all texts."""
+    """Credit in a group whose halves, of different lengths, are on two processes: by definition, of all texts."""
     trainer = make(folder, False, 1, num_generations=8, max_completion_length=24)
     use_reward_to_go(trainer, 0.5)
     rank, seen, generate = trainer.accelerator.process_index, [], trainer._generate_and_score_completions

@@ -200,8 +200,8 @@ class OnlineArguments(StoryArguments):
     reward_discount: float | None = field(
         default=None,
         metadata={
-            "help": "RLOO: credit each token with the reward from there on, n tokens later times this to the n-th; 1 is "
-            "the same objective with less noise, 0.6 looks two or three words ahead. `none` credits the whole text."
+            "help": "RLOO: credit each token with the reward from there on, n tokens later times this to the n-th: 1 "
+            "is the same objective with less noise, 0.8 looks five tokens ahead. `none` credits the whole text."
         },
     )
     reward_prefix_tokens: int = field(
