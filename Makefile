@@ -6,7 +6,7 @@ CONFIG ?= $(if $(shell command -v nvidia-smi 2>/dev/null),single_gpu,cpu)
 ARGS ?=
 PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: tall-tree varied collapse smollm2 test bench gpu engines engine-vllm engine-deepspeed test-oldest test-newest long lint story-model docs tutorials
+.PHONY: tall-tree collapse smollm2 test bench gpu engines engine-vllm engine-deepspeed test-oldest test-newest long lint story-model docs tutorials
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,9 +15,6 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 
 tall-tree: $(BIN)/.installed  ## the main job: a story model learns to alliterate
 	$(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $$(nproc) --config_file accelerate_configs/$(CONFIG).yaml recipes/rloo_tall_tree.py $(ARGS)
-
-varied: $(BIN)/.installed  ## many plots, all of them alliterating: four times as long
-	$(MAKE) tall-tree ARGS="--config recipes/varied.yaml $(ARGS)"
 
 collapse: $(BIN)/.installed  ## the same without a penalty
 	$(MAKE) tall-tree ARGS="--config recipes/fixed_beta.yaml --beta 0 --output_dir runs/collapse $(ARGS)"

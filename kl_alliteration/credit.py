@@ -1,8 +1,11 @@
 """Credit by token: a token's advantage in RLOO is what its completion earned from there on, not all that it earned."""
 
+import warnings
+
 import torch
 
-from ._trl import partial_rewards, seam_of
+from . import kl
+from ._trl import partial_rewards, scores_prefixes, seam_of
 
 
 def to_go(increments: torch.Tensor, discount: float) -> torch.Tensor:
@@ -26,19 +29,19 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> N
 
     RLOO multiplies every token's gradient with the whole completion's advantage, so that a token is praised for what
     stood before it: noise, which is paid in KL. Here the reward of a completion is what its prefixes add to it,
-    `r_t = R(tokens up to t) - R(tokens before t)`, of any reward function, and token t gets the sum of `r` from t on
-    less the mean of that in the other completions of its group (reward-to-go; Sutton et al. 2000). On average that is
-    the same gradient. The penalty stays where it is, on the whole completion. Proven by enumeration in
-    `tests/test_reward_to_go.py`.
+    `r_t = R(tokens up to t) - R(tokens before t)`, and token t gets the sum of `r` from t on less the mean of that in
+    the other completions of its group (reward-to-go; Sutton et al. 2000). On average that is the same gradient. The
+    penalty stays where it is, on the whole completion. Proven by enumeration in `tests/test_reward_to_go.py`.
 
     With a `discount` below 1 a reward that comes n tokens later counts `discount ** n`. That is another objective,
     which looks 1 / (1 - discount) tokens ahead: less noise again, and a token is no longer paid for what the text
     becomes much later. So training learns to alliterate in every plot before it chooses the plot that alliterates.
 
-    Reward functions are called on prefixes: in one call more a batch, of as many texts as there are tokens. A reward
-    that says nothing of a prefix (`None`) adds nothing there. One with an attribute `whole_text = True` is not called
-    on prefixes, and is credited as before. Logs `reward_to_go/spread`, the spread of the tokens' advantages over that
-    of the completions'.
+    It is for reward functions with an attribute `scores_prefixes = True`, which the alliteration rewards have, and
+    yours may: `my_reward.scores_prefixes = True`. They are called once more a batch, of as many texts as there are
+    tokens; where they say nothing of a prefix (`None`) it adds nothing. All others are credited as before, and where
+    none has it a warning says so. Logs `reward_to_go/spread`, the spread of the tokens' advantages over that of the
+    completions'.
 
     Args:
         trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
@@ -58,6 +61,13 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> N
         raise ValueError("reward_discount is RLOO's: GRPOTrainer has one advantage for all tokens of a completion")
     if trainer.args.normalize_advantages:
         raise ValueError("reward_discount gives tokens advantages in reward: leave normalize_advantages out")
+
+    if not any(map(scores_prefixes, trainer.reward_funcs)):
+        names = ", ".join(trainer.reward_func_names)
+        warnings.warn(
+            f"reward_discount does nothing: of {names} none has `scores_prefixes = True`", kl.KLWarning, stacklevel=2
+        )
+        return
 
     def credit(output: dict) -> None:
         if not trainer.model.training:

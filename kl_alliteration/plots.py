@@ -112,7 +112,6 @@ class PlotPenalty:
     """
 
     __name__ = "plot_penalty"  # of the trainer's log
-    whole_text = True  # a prefix tells no plot (`credit.use_reward_to_go`)
 
     def __init__(self, price: float):
         if not 0 < price < math.inf:

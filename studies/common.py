@@ -10,6 +10,8 @@ from transformers.utils import logging
 
 from kl_alliteration.lab.sweep import ROOT, Run, run_all
 
+BUDGET = ("--config", str(ROOT / "recipes/budget.yaml"))  # what most studies change one thing of
+
 
 def quiet() -> None:
     logging.set_verbosity_error()

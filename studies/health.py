@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 import torch
-from common import quiet, run_groups, runs_parser
+from common import BUDGET, quiet, run_groups, runs_parser
 from datasets import Dataset
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,7 +33,7 @@ ILL = {  # symptom: options that bring it about, what of the log shows it, and t
     "collapse": ({"beta": 0, "learning_rate": 2e-3, "max_steps": 100}, "guard/distinct_2_left", K1),
     "penalty_is_noise": ({"beta": 10, "max_steps": 60}, "kl/share_of_spread", K1),
     "held_still": ({"beta": 50, "learning_rate": 3e-5, "logging_steps": 2, "max_steps": 60}, "reward", K1),
-    "wrong_gradient": (FREE | {"kl_placement": "loss", "kl_estimator": "k1", "max_steps": 40}, "kl", ()),
+    "wrong_gradient": (FREE | {"kl_placement": "loss", "kl_estimator": "k1", "max_steps": 40}, "kl", BUDGET),
     "truncated_sampling": ({"top_k": 5, "max_steps": 10}, "kl", K1),
     "negative": (
         {"model_name_or_path": "flat", "kl_reference": str(MODEL_PATH), "top_k": 2, "learning_rate": 1e-6}
@@ -47,7 +47,7 @@ ILL = {  # symptom: options that bring it about, what of the log shows it, and t
     "beta_winds": (
         FREE | {"kl_controller": "step", "target_kl_per_token": 2.0, "logging_steps": 2, "max_steps": 60},
         "beta",
-        (),
+        BUDGET,
     ),
     "length_is_learnt": (
         {"reward_funcs": "health.fewer_tokens", "beta": 0, "learning_rate": 1e-3, "max_steps": 60},
@@ -58,22 +58,22 @@ ILL = {  # symptom: options that bring it about, what of the log shows it, and t
     "inefficient": (
         {"learning_rate": 2e-3, "warmup_steps": 0, "num_generations": 10, "per_device_train_batch_size": 10},
         "kl/efficiency",
-        (),
+        BUDGET,
     ),
-    "one_plot": ({"plots": True, "max_steps": 100}, "plots/most_told_share", ()),
+    "one_plot": ({"plots": True, "max_steps": 100}, "plots/most_told_share", BUDGET),
 }
 SHORT = {"max_steps": 40, "num_generations": 20, "per_device_train_batch_size": 20}
 GRPO = ROOT / "recipes/grpo_tall_tree.py"
 HEALTHY = {  # name: options, words, recipe
-    "default": ({}, (), Run.recipe),
-    "tight_budget": ({"kl_budget_per_token": 0.06, "beta": 4}, (), Run.recipe),
-    "target": ({"target_kl_per_sequence": 6}, (), Run.recipe),
+    "budget": ({}, BUDGET, Run.recipe),
+    "tight_budget": ({"kl_budget_per_token": 0.06, "beta": 4}, BUDGET, Run.recipe),
+    "target": ({"target_kl_per_sequence": 6}, BUDGET, Run.recipe),
     "k1": ({}, K1, Run.recipe),
-    "adapter": ({"use_peft": True}, (), Run.recipe),
-    "k2_in_loss": (FREE | {"kl_estimator": "k2", "kl_placement": "loss", "beta": 0.3}, (), Run.recipe),
-    "s_words": ({"reward_funcs": "kl_alliteration.rewards.alliteration_on_s"}, (), Run.recipe),
-    "two_updates": ({"num_iterations": 2}, (), Run.recipe),
-    "rule": (FREE | {"kl_controller": "pi", "target_kl_per_token": 0.1, "beta": 0.5}, (), Run.recipe),
+    "adapter": ({"use_peft": True}, BUDGET, Run.recipe),
+    "k2_in_loss": (FREE | {"kl_estimator": "k2", "kl_placement": "loss", "beta": 0.3}, BUDGET, Run.recipe),
+    "s_words": ({"reward_funcs": "kl_alliteration.rewards.alliteration_on_s"}, BUDGET, Run.recipe),
+    "two_updates": ({"num_iterations": 2}, BUDGET, Run.recipe),
+    "rule": (FREE | {"kl_controller": "pi", "target_kl_per_token": 0.1, "beta": 0.5}, BUDGET, Run.recipe),
     "grpo": ({}, (), GRPO),
 }
 

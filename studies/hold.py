@@ -1,6 +1,6 @@
 """Does the sweet spot hold, what does it cost, and which rule holds it?
 
-    python studies/hold.py held          # the default of rloo_tall_tree for 20,000 generations and more
+    python studies/hold.py held          # a budget alone, recipes/budget.yaml, for 20,000 generations and more
     python studies/hold.py ahead         # reward per nat: that, stock TRL at five betas, and best-of-n
     python studies/hold.py controllers   # every rule on the same seeds
     python studies/hold.py guard         # beta 0, stopped by the guard
@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 
 import numpy
-from common import run_groups, runs_parser
+from common import BUDGET, run_groups, runs_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl_alliteration import alliteration_reward, judge
@@ -26,16 +26,16 @@ from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 TARGET = 0.15  # nats per token
 WINDOW = 20  # steps of a mean of the KL
 REWARD_WINDOW = 2_000  # generations of a mean of the reward
-QUIET = {"disable_tqdm": True, "show_stories_every": 0, "report_to": "none", "logging_steps": 1}
+QUIET = {"config": BUDGET[1], "disable_tqdm": True, "show_stories_every": 0, "report_to": "none", "logging_steps": 1}
 STOCK = {"kl_estimator": "k1", "kl_placement": "reward", "kl_budget_per_token": "none", "max_steps": 60}
 # At 0.06 nats a token a nat buys more than 1 of reward: a beta of 1 would not hold it.
-BUDGETS = {0.06: 2.0, 0.12: 1.0, 0.18: 1.0}
+HELD = {0.06: 2.0, 0.12: 1.0, 0.18: 1.0}
 RULED = STOCK | {"max_steps": 100, "target_kl_per_token": TARGET, "beta": 0.3}
 EXPERIMENTS = {
     "held": {"default": {"max_steps": 600, "eval_stories": 500}},
     "ahead": {
         f"budget {budget}": {"kl_budget_per_token": budget, "beta": beta, "max_steps": 160}
-        for budget, beta in BUDGETS.items()
+        for budget, beta in HELD.items()
     }
     | {f"stock {beta}": STOCK | {"beta": beta} for beta in (0.1, 0.2, 0.3, 0.45, 0.7)},
     "controllers": {rule: RULED | {"kl_controller": rule} for rule in ("fixed", "step", "ppo", "ziegler", "pi")},

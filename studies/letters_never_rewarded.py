@@ -17,7 +17,7 @@ import statistics
 from collections import Counter
 
 import torch
-from common import quiet, run_groups, runs_parser
+from common import BUDGET, quiet, run_groups, runs_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl_alliteration.evaluation import judge
@@ -35,7 +35,7 @@ HALVES = ("twhcmdfnkgjqx", "asiolbreupvyz")
 COMMON = {"report_to": "none", "save_strategy": "no", "show_stories_every": 0}
 MODELS = {  # the recipe's words, and the words of a text
     "smollm2": (("--config", str(ROOT / "recipes/instruct.yaml"), "--model_name_or_path", SMOLLM2_FOLDER), 25),
-    "story": ((), 75),
+    "story": (BUDGET, 75),
 }
 ASKED = {
     "as it is": "{}",

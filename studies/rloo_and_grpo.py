@@ -3,24 +3,24 @@
     python studies/rloo_and_grpo.py                    # a budget of 0.06 nats a token, exact in both; three seeds
     python studies/rloo_and_grpo.py --seeds 0 --at_a_time 2
 
-All have the options of recipes/rloo_tall_tree.yaml: the embedded model, 60 steps of one group of forty. Runs go into
+All have the options of recipes/budget.yaml: the embedded model, 60 steps of one group of forty. Runs go into
 runs/rloo_and_grpo and are kept. Prints the table in Markdown, means with the range over seeds.
 """
 
 import statistics
 
-from common import quiet, run_groups, runs_parser, spread
+from common import BUDGET, quiet, run_groups, runs_parser, spread
 
 from kl_alliteration.lab.runs import read_metrics, read_summary
 from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.lab.sweep import ROOT, seeds_of
 
-BUDGET = {"kl_budget_per_token": 0.06, "beta": 4}
+TIGHT = {"kl_budget_per_token": 0.06, "beta": 4}
 OWN = {"kl_estimator": "k3", "kl_placement": "loss", "kl_budget_per_token": "none"}
 SETTINGS = {  # recipe, options
-    "RLOO, budget": ("rloo", BUDGET),
-    "GRPO, budget": ("grpo", BUDGET),
-    "GRPO, budget, rewards not scaled": ("grpo", BUDGET | {"scale_rewards": "none"}),
+    "RLOO, budget": ("rloo", TIGHT),
+    "GRPO, budget": ("grpo", TIGHT),
+    "GRPO, budget, rewards not scaled": ("grpo", TIGHT | {"scale_rewards": "none"}),
     "GRPO, its own k3 at 0.12": ("grpo", OWN | {"beta": 0.12}),
     "GRPO, its own k3 at 0.4": ("grpo", OWN | {"beta": 0.4}),
 }
@@ -36,8 +36,17 @@ COLUMNS = {
 def main():
     args = runs_parser(__doc__, "rloo_and_grpo").parse_args()
     quiet()
-    words = ("--eval_stories", "400", "--show_stories_every", "0", "--report_to", "none", "--disable_tqdm", "true")
-    words += ("--config", str(ROOT / "recipes/rloo_tall_tree.yaml"))
+    words = (
+        *BUDGET,
+        "--eval_stories",
+        "400",
+        "--show_stories_every",
+        "0",
+        "--report_to",
+        "none",
+        "--disable_tqdm",
+        "true",
+    )
     groups = {}
     for name, (recipe, options) in SETTINGS.items():
         folder = name.replace(", ", "_").replace(" ", "_")

@@ -2,7 +2,7 @@
 
     python studies/swap_rewards.py --at_a_time 2
 
-The default of rloo_tall_tree for 240 steps, by when every reward has spent the budget; three seeds a reward, 500 fresh
+recipes/budget.yaml for 240 steps, by when every reward has spent the budget; three seeds a reward, 500 fresh
 stories of each trained model. A letter is in use where it carries at least 5 % of the pairs. Runs go into
 runs/swap_rewards and are kept. Prints Markdown.
 """
@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from common import run_groups, runs_parser
+from common import BUDGET, run_groups, runs_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from kl_alliteration.evaluation import plain_sampling
@@ -24,7 +24,14 @@ from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 from kl_alliteration.text import alliterating_pairs, different_share, identical_share, letter_counts
 
 REWARDS = ("alliteration_reward", "distinct_alliteration", "rare_letter_alliteration", "alliteration_on_b")
-OPTIONS = {"max_steps": 240, "disable_tqdm": True, "show_stories_every": 0, "report_to": "none", "logging_steps": 5}
+OPTIONS = {
+    "config": BUDGET[1],
+    "max_steps": 240,
+    "disable_tqdm": True,
+    "show_stories_every": 0,
+    "report_to": "none",
+    "logging_steps": 5,
+}
 STORIES = 500
 
 

@@ -1,6 +1,6 @@
-"""Measure the README's figures: the recipe's default, and a fixed beta at several values, as a Markdown table.
+"""Measure the README's figures: the recipe's default, a budget alone, a fixed beta, as a Markdown table.
 
-    python studies/tall_tree.py                       # the default; fixed betas 0, 0.3, 4; seeds 0, 1, 2
+    python studies/tall_tree.py                       # the default, a budget, fixed betas 0, 0.3, 4; seeds 0, 1, 2
     python studies/tall_tree.py --betas 0.3 --seeds 0 -- --use_peft
 
 What stands behind `--` goes to the recipe. Runs that are already in the output folder are not repeated.
@@ -8,7 +8,7 @@ What stands behind `--` goes to the recipe. Runs that are already in the output 
 
 import statistics
 
-from common import run_groups, runs_parser
+from common import BUDGET, run_groups, runs_parser
 
 from kl_alliteration.lab.report import COLUMNS
 from kl_alliteration.lab.runs import read_summary
@@ -23,12 +23,13 @@ def spread(values: list) -> str:
 
 def main():
     parser = runs_parser(__doc__, "benchmark")
-    parser.add_argument("--betas", nargs="+", default=["default", "0", "0.3", "4"])
+    parser.add_argument("--betas", nargs="+", default=["default", "budget", "0", "0.3", "4"])
     parser.add_argument("options", nargs="*", help="more options of the recipe, behind --")
     args = parser.parse_args()
     runs = {}
     for beta in args.betas:
-        words = () if beta == "default" else ("--config", str(ROOT / "recipes/fixed_beta.yaml"), "--beta", beta)
+        fixed = ("--config", str(ROOT / "recipes/fixed_beta.yaml"), "--beta", beta)
+        words = {"default": (), "budget": BUDGET}.get(beta, fixed)
         words = (*words, "--show_stories_every", "0", *args.options)
         runs[beta] = [Run(f"beta_{beta}_seed_{seed}", {"seed": seed}, words) for seed in args.seeds]
     found = {beta: [read_summary(path) for path in paths] for beta, paths in run_groups(runs, args).items()}

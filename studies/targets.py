@@ -14,7 +14,7 @@ import random
 import statistics
 
 import torch
-from common import quiet, run_groups, runs_parser, spread
+from common import BUDGET, quiet, run_groups, runs_parser, spread
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from kl_alliteration.lab.runs import read_metrics, read_summary
@@ -73,7 +73,17 @@ def main():
     quiet()
     if "repeats" in args.settings and not (args.folder / "repeats/model.safetensors").is_file():
         repeating_model(args.folder / "repeats")
-    words = ("--eval_stories", "400", "--show_stories_every", "0", "--report_to", "none", "--disable_tqdm", "true")
+    words = (
+        *BUDGET,
+        "--eval_stories",
+        "400",
+        "--show_stories_every",
+        "0",
+        "--report_to",
+        "none",
+        "--disable_tqdm",
+        "true",
+    )
     groups = {}
     for name in args.settings:
         options = dict(SETTINGS[name])

@@ -292,8 +292,11 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--baseline", "none", "--normalize_advantages"], "baseline 'none' has no advantages to normalize"),
         (["--reward_discount", "2"], "reward_discount must be from 0 to 1, got 2.0; none credits whole texts"),
         (["--reward_discount", "1", "--reward_prefix_tokens", "0"], "reward_prefix_tokens must be >= 1, got 0"),
-        (["--reward_discount", "1", "--normalize_advantages"], "gives tokens advantages in reward: leave normalize"),
-        (["--reward_discount", "1", "--baseline", "none"], "with the group's other completions: leave baseline out"),
+        (
+            ["--reward_discount", "1", "--normalize_advantages"],
+            "normalize_advantages goes with --reward_discount none",
+        ),
+        (["--reward_discount", "1", "--baseline", "none"], "baseline 'none' goes with --reward_discount none"),
         (["--beta_unit", "week"], "beta_unit must be one of sequence, study, got 'week'"),
         (["--kl_controller", "pid"], "kl_controller must be one of fixed, step, ppo, ziegler, pi, got 'pid'"),
         (["--kl_controller", "pi"], "target_kl_per_token must be > 0 with kl_controller 'pi', got None"),

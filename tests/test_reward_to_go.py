@@ -15,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from kl_alliteration import KLPenalty, KLPenaltyCallback, use_fast_sampling, use_reward_to_go
 from kl_alliteration._trl import partial_rewards, seam_of
 from kl_alliteration.credit import less_the_others, to_go
+from kl_alliteration.kl import KLWarning
 
 # Of texts: an "e" ends them and is not seen, nor is a "p". A prefix may be worth more than the whole.
 WORTH = {"": 0.3, "a": 1.0, "b": -0.5, "c": 0.7, "a b": 2.0, "b a": 0.1, "c c": -1.0, "c a": 1.5, "b b": 0.4}
@@ -26,6 +27,9 @@ def worth(text: str) -> float:
 
 def reward(completions, **columns):
     return [worth(text) for text in completions]
+
+
+reward.scores_prefixes = True
 
 
 def rewarded(trainer, completions):
@@ -136,9 +140,8 @@ class Words:
 
     __name__ = "words"
 
-    def __init__(self, whole_text=False):
-        self.asked = []
-        self.whole_text = whole_text
+    def __init__(self, scores_prefixes=True):
+        self.asked, self.scores_prefixes = [], scores_prefixes
 
     def __call__(self, completions, completion_ids, noun, **columns):
         texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
@@ -185,7 +188,7 @@ def test_a_completion_without_a_reward_has_none_by_token(enumerated):  # noqa: F
 
 
 def test_a_reward_of_whole_texts_is_not_asked_of_prefixes(enumerated):  # noqa: F811
-    whole = Words(whole_text=True)
+    whole = Words(scores_prefixes=False)
     whole.__name__ = "whole"
     found, _ = worth_of_prefixes(enumerated, [[3, 2], [4, 4]], [Words(), whole])
     assert found.tolist() == [[1 + 30, 3 + 30], [1 + 30, 3 + 30]]
@@ -201,6 +204,7 @@ def make(tiny_model, tmp_path, prompts, **options):
         texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
         return [float(sum(text.count(letter) for letter in "aeiou")) for text in texts]
 
+    vowels.scores_prefixes = True
     return RLOOTrainer(
         model=str(tiny_model),
         reward_funcs=vowels,
@@ -229,6 +233,14 @@ def test_evaluation_has_no_credit(tiny_model, tmp_path):
     use_reward_to_go(trainer)
     trainer.model.eval()
     assert "kl_credit" not in trainer._generate_and_score_completions([{"prompt": "once upon a time"}] * 4)
+
+
+def test_where_no_reward_scores_prefixes_it_says_so(enumerated):  # noqa: F811
+    trainer = rewarded(enumerated(), FIXED)
+    trainer.reward_funcs = [Words(scores_prefixes=False)]
+    with pytest.warns(KLWarning, match="reward_discount does nothing: of <lambda> none has `scores_prefixes = True`"):
+        use_reward_to_go(trainer)
+    assert seam_of(trainer).changes == []
 
 
 def test_refusals(tiny_model, tmp_path, enumerated):  # noqa: F811

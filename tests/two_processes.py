@@ -138,6 +138,9 @@ def grpo_with_a_penalty(folder: str) -> bool:
     return len(seen) == 3 and all(good for good, _ in seen) and seen[-1][1] > 1e-4
 
 
+reward.scores_prefixes = True
+
+
 def reward_by_token(folder: str) -> bool:
     """Credit in a group whose halves, of different lengths, are on two processes: by definition, of all texts."""
     trainer = make(folder, False, 1, num_generations=8, max_completion_length=24)

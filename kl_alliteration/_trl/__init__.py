@@ -42,7 +42,7 @@ from trl import GRPOTrainer
 from .baseline import leave_baseline_out
 from .engine import listen_to_engine
 from .grpo import GRPOSeam
-from .prefixes import partial_rewards
+from .prefixes import partial_rewards, scores_prefixes
 from .rloo import RLOOSeam
 from .seam import Seam, UnknownTRLError, forget_batches, last_completions, last_reward_std, last_rewards
 
@@ -56,6 +56,7 @@ __all__ = [
     "leave_baseline_out",
     "listen_to_engine",
     "partial_rewards",
+    "scores_prefixes",
     "seam_of",
 ]
 

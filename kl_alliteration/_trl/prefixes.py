@@ -6,11 +6,16 @@ from .asking import rewards_of
 from .baseline import weighted
 
 
+def scores_prefixes(function) -> bool:
+    """Whether a reward function says of itself that it may be asked of a text that is not over."""
+    return getattr(function, "scores_prefixes", False)
+
+
 def partial_rewards(trainer, ids: torch.Tensor, mask: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the generation batch under way, (B, T) tokens: what its first `step`, 2 `step`, ... tokens are worth.
 
     Weighted, summed and clipped as the trainer does, and carried on over prefixes to which no function applies. Where
-    a completion is over its reward stands as TRL has it. A function with `whole_text = True` is asked of none.
+    a completion is over its reward stands as TRL has it. A function that is not [`scores_prefixes`] is asked of none.
 
     Returns:
         Two tensors (B, K): the rewards, and the last token of each prefix. NaN where the completion has no reward.
@@ -31,7 +36,7 @@ def partial_rewards(trainer, ids: torch.Tensor, mask: torch.Tensor, step: int) -
         asked = [_of_text(completions[row], text) for row, text in zip(of, texts, strict=True)]
         found[b, k] = rewards_of(trainer, [rows[row] for row in of], asked, parts)[: len(b)].to(found)
     for place, function in enumerate(trainer.reward_funcs):
-        if getattr(function, "whole_text", False):
+        if not scores_prefixes(function):
             found[..., place] = whole[:, place].unsqueeze(1)
     total = weighted(trainer, found.flatten(0, 1)).view(found.shape[:2])
     nothing = total[:, -1].isnan()  # of the whole completion

@@ -24,6 +24,7 @@ class CheckedReward:
     def __init__(self, function, path: str, timeout: float):
         self.function, self.path, self.timeout = function, path, timeout
         self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.scores_prefixes = getattr(function, "scores_prefixes", False)
 
     def __call__(self, prompts, completions, **kwargs):
         rewards = self.answer(prompts=prompts, completions=completions, **kwargs)

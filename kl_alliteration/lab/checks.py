@@ -75,9 +75,9 @@ def check_reward_to_go(args: OnlineArguments, training_args) -> None:
     if isinstance(args, GRPOArguments):
         raise ValueError("reward_discount is RLOO's: GRPO has one advantage for all tokens of a completion")
     if training_args.normalize_advantages:
-        raise ValueError("reward_discount gives tokens advantages in reward: leave normalize_advantages out")
+        raise ValueError("normalize_advantages goes with --reward_discount none: tokens have advantages in reward")
     if args.baseline == "none":
-        raise ValueError("reward_discount compares a token with the group's other completions: leave baseline out")
+        raise ValueError("baseline 'none' goes with --reward_discount none, which compares tokens within a group")
 
 
 def check_online_options(args: OnlineArguments, training_args) -> None:

@@ -35,6 +35,9 @@ OLD_NAMES = {
 HAS_NEW_NAMES = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
 RENAMED = OLD_NAMES if HAS_NEW_NAMES else {new: old for old, new in OLD_NAMES.items()}
 
+# What a target on the command line sets or stands in place of, and what it is then: a file's do not count.
+SET_BY_TARGET = {"kl_budget_per_token": None, "kl_within_budget": 0.0, "kl_opening_tokens": 0, "kl_opening_price": 0.0}
+
 
 class RecipeParser(TrlParser):
     """`TrlParser` with one-line errors, no abbreviated options, and the recipe's own YAML as its defaults."""
@@ -46,7 +49,7 @@ class RecipeParser(TrlParser):
         self.spelled: dict = {}  # the YAML file's values as they are written
         self.scheduler: str | None = None  # and its lr_scheduler_type
         for action in self._actions:
-            if action.dest in ("kl_budget_per_token", "target_kl_per_token"):
+            if action.type is float and action.default is None:
                 action.type = float_or_none
         # All linear layers but the head, by PEFT's own finding; dropout would act in sampling and in every score.
         self.set_defaults(lora_target_modules=["all-linear"], lora_dropout=0.0)
@@ -124,8 +127,8 @@ class RecipeParser(TrlParser):
         if "--learning_rate" in self.words:  # what is typed goes before what a file has for adapters
             self.namespace.adapter_learning_rate = None
         target = getattr(self.namespace, "target_kl_per_sequence", None)
-        if target is not None and "--target_kl_per_sequence" in self.words:  # which sets them: a file's do not count
-            for name, without in (("kl_budget_per_token", None), ("kl_within_budget", 0.0)):
+        if target is not None and "--target_kl_per_sequence" in self.words:
+            for name, without in SET_BY_TARGET.items():
                 if f"--{name}" not in self.words:
                     setattr(self.namespace, name, without)
         named = str(getattr(self.namespace.lr_scheduler_type, "value", self.namespace.lr_scheduler_type))

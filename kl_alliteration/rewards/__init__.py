@@ -51,6 +51,8 @@ class AlliterationReward:
         `ValueError`: for an option that does not exist. `ImportError`: for `phonetic` without its extra.
     """
 
+    scores_prefixes = True  # what a word adds is earned there (`credit.use_reward_to_go`)
+
     def __init__(
         self,
         name: str,
@@ -169,6 +171,8 @@ class StartingLetterReward:
     Args:
         letter (`str`): One letter.
     """
+
+    scores_prefixes = True
 
     def __init__(self, letter: str):
         check_letter(letter)
