@@ -2,7 +2,7 @@
 
     python studies/sweep_beta.py                                       # the study's first sweep, embedded model
     python studies/sweep_beta.py --config studies/second_sweep.yaml
-    python studies/sweep_beta.py --config studies/extended.yaml        # one beta for long, and the default beside it
+    python studies/sweep_beta.py --config studies/extended.yaml        # one beta for long, and a budget beside it
     python studies/sweep_beta.py --betas 0.1 0.3 1 --beta_unit sequence --seeds 0 --use_peft
     python studies/sweep_beta.py --print_commands                      # one command a run, for a job array
 
