@@ -39,9 +39,9 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> N
 
     It is for reward functions with an attribute `scores_prefixes = True`, which the alliteration rewards have, and
     yours may: `my_reward.scores_prefixes = True`. They are called once more a batch, of as many texts as there are
-    tokens; where they say nothing of a prefix (`None`) it adds nothing. All others are credited as before, and where
-    none has it a warning says so. Logs `reward_to_go/spread`, the spread of the tokens' advantages over that of the
-    completions'.
+    tokens, with `None` for `log_metric`; where they say nothing of a prefix (`None`) it adds nothing. All others are
+    credited as before, and where none has it a warning says so. Logs `reward_to_go/spread`, the spread of the tokens'
+    advantages over that of the completions'.
 
     Args:
         trainer ([`~trl.RLOOTrainer`]): The trainer, stock.

@@ -143,8 +143,9 @@ class Words:
     def __init__(self, scores_prefixes=True):
         self.asked, self.scores_prefixes = [], scores_prefixes
 
-    def __call__(self, completions, completion_ids, noun, **columns):
+    def __call__(self, completions, completion_ids, noun, log_metric, log_extra, **columns):
         texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+        assert (log_metric is None) == (log_extra is None) == bool(self.asked)  # of prefixes there is nothing to log
         self.asked.append(list(zip(texts, completion_ids, noun, strict=True)))
         return [None if text == "a" else float(len(text)) for text in texts]
 

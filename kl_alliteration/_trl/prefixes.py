@@ -1,5 +1,7 @@
 """Rewards of the beginnings of completions, by TRL's own code."""
 
+from contextlib import contextmanager
+
 import torch
 
 from .asking import rewards_of
@@ -34,7 +36,8 @@ def partial_rewards(trainer, ids: torch.Tensor, mask: torch.Tensor, step: int) -
     if parts:
         texts = trainer.processing_class.batch_decode(parts, skip_special_tokens=True)
         asked = [_of_text(completions[row], text) for row, text in zip(of, texts, strict=True)]
-        found[b, k] = rewards_of(trainer, [rows[row] for row in of], asked, parts)[: len(b)].to(found)
+        with _without_hooks(trainer):
+            found[b, k] = rewards_of(trainer, [rows[row] for row in of], asked, parts)[: len(b)].to(found)
     for place, function in enumerate(trainer.reward_funcs):
         if not scores_prefixes(function):
             found[..., place] = whole[:, place].unsqueeze(1)
@@ -46,6 +49,16 @@ def partial_rewards(trainer, ids: torch.Tensor, mask: torch.Tensor, step: int) -
     total[nothing] = torch.nan
     ends = torch.minimum(points, lengths.unsqueeze(1)).clamp(min=1) - 1
     return total, ends
+
+
+@contextmanager
+def _without_hooks(trainer):
+    """Rewards get `None` for `log_metric` and `log_extra`: what they would log is of no text, and takes time."""
+    trainer._log_metric = trainer._log_completion_extra = None
+    try:
+        yield
+    finally:
+        del trainer._log_metric, trainer._log_completion_extra
 
 
 def _of_text(completion, text: str):
