@@ -122,6 +122,15 @@ def test_one_prefix_is_stock(enumerated):  # noqa: F811
     assert trainer._metrics["train"]["reward_to_go/spread"][0] == pytest.approx(1)
 
 
+def test_what_is_not_counted_has_no_credit(enumerated):  # noqa: F811
+    trainer = rewarded(enumerated(ENDING), ENDING)
+    use_reward_to_go(trainer)
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([{"prompt": "b c"}] * len(ENDING))
+    assert batch["completion_mask"][0].tolist() == [1, 0] and batch["kl_credit"][0, 1] == 0
+    assert (batch["kl_credit"][1:] != 0).any(1).all()
+
+
 def test_to_go_by_hand():
     added = torch.tensor([[1.0, 2.0, 4.0], [0.0, -1.0, 0.0]])
     assert to_go(added, 1.0).tolist() == [[7, 6, 4], [-1, -1, 0]]

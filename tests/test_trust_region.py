@@ -31,6 +31,21 @@ def test_masks_by_hand():
     assert kept(-1, "binary_kl", 0.223) == [1, 1, 0, 1] and kept(-1, "binary_kl", 0.224) == [1, 1, 1, 1]
 
 
+def test_masks_of_tokens_with_advantages_of_their_own():
+    assert trusted(P.log(), SAMPLER.log(), torch.tensor([[1, -1, -1, 1.0]]), "binary_tv", 0.15)[0].tolist() == [
+        1,
+        1,
+        0,
+        1,
+    ]
+    assert trusted(P.log(), SAMPLER.log(), torch.tensor([[-1, 1, 1, 1.0]]), "binary_tv", 0.05)[0].tolist() == [
+        1,
+        0,
+        1,
+        1,
+    ]
+
+
 def test_a_token_that_is_certain_is_finite():
     certain, rare = torch.zeros(1, 1), torch.full((1, 1), -20.0)
     for p, sampler, advantage, is_kept in [
