@@ -1,6 +1,6 @@
 """What a KL choice costs: time of a training step against stock TRL, in turns in one process.
 
-    python benchmarks/step_time.py [--rounds 5] [--steps 5]
+    python benchmarks/step_time.py [--rounds 5] [--steps 5] [--variants "exact in both" "stock, reward by token"]
     python benchmarks/step_time.py --grpo [--model models/smollm2-135m-instruct --lora]
 
 Embedded model, batch 40 in groups of 10, 100 new tokens, learning rate 0, so that all train on the same completions.
@@ -26,6 +26,7 @@ from kl_alliteration import (
     default_lora_config,
     share_prompts,
     use_fast_sampling,
+    use_reward_to_go,
 )
 from kl_alliteration.story_lm import MODEL_PATH
 
@@ -40,6 +41,7 @@ VARIANTS = {
     "exact in both": KLPenalty("exact", "both"),
     "top_k in both": KLPenalty("top_k", "both"),
     "stock, monitored": "monitored",
+    "stock, reward by token": "by token",
 }
 GRPO = {
     "stock": None,
@@ -67,6 +69,8 @@ def train(variant: KLPenalty | str | None, steps: int, grpo: bool, model: str, l
     trainer = make_trainer(model, adapter, grpo=grpo, beta=0.25, max_steps=steps + 1)
     if variant == "monitored":
         trainer.add_callback(KLMonitorCallback(trainer))
+    elif variant == "by token":
+        use_reward_to_go(trainer)
     elif variant:
         KLPenaltyCallback(trainer, variant)
     if grpo and variant:
@@ -85,9 +89,12 @@ def main():
     parser.add_argument("--grpo", action="store_true", help="GRPO, with and without fast sampling")
     parser.add_argument("--model", default=str(MODEL_PATH), help="a folder or a Hub id")
     parser.add_argument("--lora", action="store_true", help="train an adapter")
+    parser.add_argument("--variants", nargs="+", help="some of them, beside stock, by the names in the table")
     args = parser.parse_args()
     quiet()
     variants = GRPO if args.grpo else VARIANTS
+    if args.variants:
+        variants = {name: variants[name] for name in dict.fromkeys(["stock", *args.variants])}
     seconds = {name: [] for name in variants}
     for round_ in range(args.rounds):
         names = list(variants)
