@@ -1,11 +1,20 @@
-"""Credit by token: a token's advantage in RLOO is what its completion earned from there on, not all that it earned."""
+"""Credit by token: a token's advantage is what its completion earned from there on, not all that it earned."""
 
 import warnings
+from functools import partial
 
 import torch
 
 from . import kl
 from ._trl import partial_rewards, scores_prefixes, seam_of
+
+# Options of TRL's by which a completion has one advantage, and what they have to be where its tokens have their own.
+TAKES = {
+    "normalize_advantages": False,
+    "importance_sampling_level": "token",
+    "multi_objective_aggregation": "sum_then_normalize",
+    "use_liger_kernel": False,
+}
 
 
 def to_go(increments: torch.Tensor, discount: float) -> torch.Tensor:
@@ -17,21 +26,34 @@ def to_go(increments: torch.Tensor, discount: float) -> torch.Tensor:
     return torch.stack(sums[::-1], dim=1)
 
 
-def less_the_others(values: torch.Tensor, group: int) -> torch.Tensor:
-    """(N, ...) less the mean of the others in its group of neighbouring rows; NaN is left out, and comes out as 0."""
+def less_the_mean(values: torch.Tensor, group: int, leave_one_out: bool) -> torch.Tensor:
+    """(N, ...) less the mean of its group of neighbouring rows, or of the others in it; NaN counts as none, gets 0."""
     grouped = values.view(-1, group, *values.shape[1:])
-    others = grouped.nansum(1, keepdim=True) - grouped, (~grouped.isnan()).sum(1, keepdim=True) - 1
-    return (grouped - others[0] / others[1]).reshape(values.shape).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    total, count = grouped.nansum(1, keepdim=True), (~grouped.isnan()).sum(1, keepdim=True)
+    mean = (total - grouped) / (count - 1) if leave_one_out else total / count
+    return (grouped - mean).reshape(values.shape).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def check_reward_to_go(args, discount: float, every_tokens: int = 1) -> None:
+    """`ValueError` for what [`use_reward_to_go`] cannot do with a trainer's `args`, RLOO's or GRPO's."""
+    if not 0 <= discount <= 1:
+        raise ValueError(f"reward_discount must be from 0 to 1, got {discount}; none credits whole texts")
+    if every_tokens < 1:
+        raise ValueError(f"reward_prefix_tokens must be >= 1, got {every_tokens}")
+    for name, takes in TAKES.items():
+        if (value := getattr(args, name, takes)) != takes:
+            raise ValueError(f"{name} {value!r} has one advantage for a text: with a reward_discount it is {takes!r}")
 
 
 def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> None:
-    """Let a stock [`~trl.RLOOTrainer`] credit each token with the reward that its completion earned from there on.
+    """Let a stock trainer credit each token with the reward that its completion earned from there on.
 
-    RLOO multiplies every token's gradient with the whole completion's advantage, so that a token is praised for what
-    stood before it: noise, which is paid in KL. Here the reward of a completion is what its prefixes add to it,
+    RLOO and GRPO multiply every token's gradient with the whole completion's advantage, so that a token is praised for
+    what stood before it: noise, which is paid in KL. Here the reward of a completion is what its prefixes add to it,
     `r_t = R(tokens up to t) - R(tokens before t)`, and token t gets the sum of `r` from t on less the mean of that in
-    the other completions of its group (reward-to-go; Sutton et al. 2000). On average that is the same gradient. The
-    penalty stays where it is, on the whole completion. Proven by enumeration in `tests/test_reward_to_go.py`.
+    its group, RLOO's without itself (reward-to-go; Sutton et al. 2000). On average that is the same gradient. The
+    penalty stays where it is, on the whole completion, and so does the spread by which GRPO divides. Proven by
+    enumeration in `tests/test_reward_to_go.py`.
 
     With a `discount` below 1 a reward that comes n tokens later counts `discount ** n`. That is another objective,
     which looks 1 / (1 - discount) tokens ahead: less noise again, and a token is no longer paid for what the text
@@ -44,24 +66,17 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> N
     advantages over that of the completions'.
 
     Args:
-        trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
+        trainer ([`~trl.RLOOTrainer`] or [`~trl.GRPOTrainer`]): The trainer, stock.
         discount (`float`): From 0, the next word alone, to 1, the same objective.
         every_tokens (`int`): Tokens from one prefix to the next, for rewards that are slow. They share what they add.
 
     Raises:
-        `ValueError`: for a discount outside of 0 and 1, `every_tokens` below 1, `normalize_advantages`, and for
-            `GRPOTrainer`.
+        `ValueError`: for a discount outside of 0 and 1, `every_tokens` below 1, and options by which a completion has
+            one advantage: `normalize_advantages`; in GRPO sequence-level importance sampling, rewards that are
+            normalized one by one, the Liger kernel.
     """
-    if not 0 <= discount <= 1:
-        raise ValueError(f"reward_discount must be from 0 to 1, got {discount}")
-    if every_tokens < 1:
-        raise ValueError(f"reward_prefix_tokens must be >= 1, got {every_tokens}")
+    check_reward_to_go(trainer.args, discount, every_tokens)
     seam = seam_of(trainer)
-    if not hasattr(seam, "changes"):
-        raise ValueError("reward_discount is RLOO's: GRPOTrainer has one advantage for all tokens of a completion")
-    if trainer.args.normalize_advantages:
-        raise ValueError("reward_discount gives tokens advantages in reward: leave normalize_advantages out")
-
     if not any(map(scores_prefixes, trainer.reward_funcs)):
         names = ", ".join(trainer.reward_func_names)
         warnings.warn(
@@ -79,12 +94,12 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> N
         length = int(gather(torch.tensor([ids.shape[1]], device=ids.device)).max())
         added = torch.nn.functional.pad(added, (0, length - ids.shape[1]))
         here = slice(trainer.accelerator.process_index * len(ids), (trainer.accelerator.process_index + 1) * len(ids))
-        everywhere, group = gather(added), trainer.num_generations
-        by_token = less_the_others(to_go(everywhere, discount), group)[here, : ids.shape[1]]
-        by_text = less_the_others(everywhere.sum(1), group)[here]
-        output["kl_credit"] = (by_token - by_text.unsqueeze(1)) * mask  # what comes on top of TRL's advantage
-        spread = seam.mean_per_token((output["advantages"].unsqueeze(1) + output["kl_credit"]) ** 2, mask) ** 0.5
-        of_texts = (gather(output["advantages"]) ** 2).mean().item() ** 0.5
+        everywhere, of_texts = gather(added), gather(output["advantages"]).pow(2).mean().item() ** 0.5
+        centred = partial(less_the_mean, group=trainer.num_generations, leave_one_out=seam.LEAVES_ONE_OUT)
+        by_token = centred(to_go(everywhere, discount))[here, : ids.shape[1]]
+        by_text = centred(everywhere.sum(1))[here]
+        advantages = seam.credit_tokens(output, (by_token - by_text.unsqueeze(1)) * mask)
+        spread = seam.mean_per_token(advantages**2, mask) ** 0.5
         seam.metrics["reward_to_go/spread"].append(spread / of_texts if of_texts else 1.0)
 
     seam.changes.append(credit)

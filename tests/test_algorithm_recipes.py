@@ -34,8 +34,9 @@ def test_grpo(tmp_path):
     assert "target 3 nats per sequence: price" in told and "kl/price" in lines(tmp_path / "target/metrics.jsonl")[0]
     done = run("grpo_tall_tree.py", "--baseline", "none", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "baseline 'none' is RLOO's" in done.stderr
-    done = run("grpo_tall_tree.py", "--reward_discount", "1", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "reward_discount is RLOO's" in done.stderr
+    text = "--reward_discount", "1", "--importance_sampling_level", "sequence"
+    done = run("grpo_tall_tree.py", *text, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "importance_sampling_level 'sequence' has one advantage" in done.stderr
 
 
 @pytest.mark.parametrize("lora", [(), ("--use_peft", "--learning_rate", "1e-2")], ids=["full", "lora"])

@@ -294,7 +294,7 @@ def test_conversational_prompts(tmp_path, tiny_model):
         (["--reward_discount", "1", "--reward_prefix_tokens", "0"], "reward_prefix_tokens must be >= 1, got 0"),
         (
             ["--reward_discount", "1", "--normalize_advantages"],
-            "normalize_advantages goes with --reward_discount none",
+            "normalize_advantages True has one advantage for a text",
         ),
         (["--reward_discount", "1", "--baseline", "none"], "baseline 'none' goes with --reward_discount none"),
         (["--beta_unit", "week"], "beta_unit must be one of sequence, study, got 'week'"),

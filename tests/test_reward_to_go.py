@@ -7,14 +7,17 @@ import pytest
 import torch
 from conftest import TINY_RUN
 from datasets import Dataset
-from enumeration import ENDING, FIXED, PROMPT, Tables, flat, move, parameters, reverse_kl
+from enumeration import ENDING, FIXED, PROMPT, Tables, flat, kl_forward, move, parameters, per_state, reverse_kl
 from test_contract import BETA, enumerated  # noqa: F401  (a fixture)
+from test_grpo_penalty import FACTOR
+from test_grpo_penalty import enumerated as grpo_enumerated  # noqa: F401  (a fixture)
+from test_grpo_penalty import trained_gradient as grpo_gradient
 from test_off_policy import UNCLIPPED
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from kl_alliteration import KLPenalty, KLPenaltyCallback, use_fast_sampling, use_reward_to_go
 from kl_alliteration._trl import partial_rewards, seam_of
-from kl_alliteration.credit import less_the_others, to_go
+from kl_alliteration.credit import less_the_mean, to_go
 from kl_alliteration.kl import KLWarning
 
 # Of texts: an "e" ends them and is not seen, nor is a "p". A prefix may be worth more than the whole.
@@ -35,7 +38,8 @@ reward.scores_prefixes = True
 def rewarded(trainer, completions):
     """The trainer with that reward, and the completions' own texts."""
     texts = trainer.processing_class.batch_decode(completions, skip_special_tokens=True)
-    trainer._generate = lambda prompts: ([PROMPT] * len(prompts), completions, texts)
+    more = [None, texts, None, {}, None, None] if isinstance(trainer, GRPOTrainer) else [texts]
+    trainer._generate = lambda prompts: ([PROMPT] * len(prompts), completions, *more)
     trainer.reward_funcs = [reward]
     return trainer
 
@@ -102,6 +106,48 @@ def test_gradient(enumerated, discount, completions, lora):  # noqa: F811
         torch.testing.assert_close(t.gradient(sum(terms)), wanted, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("penalty", [None, ("k3", "loss"), ("exact", "both")], ids=["stock", "k3", "exact"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"])
+def test_gradient_of_grpo(grpo_enumerated, loss_type, penalty):  # noqa: F811
+    """Beside a penalty in reward and loss, TRL's own in the loss, and none."""
+    trainer = rewarded(grpo_enumerated(loss_type=loss_type), FIXED)
+    if penalty is not None:
+        KLPenaltyCallback(trainer, KLPenalty(*penalty))
+    else:
+        trainer.beta = 0.0
+    use_reward_to_go(trainer, 0.6)
+    found, t = BETA * grpo_gradient(trainer), Tables(trainer)
+    wanted = -t.gradient(earned(trainer, t, 0.6, FIXED))
+    if penalty is not None:
+        t = Tables(trainer)
+        charged = reverse_kl(t) if penalty[0] == "exact" else per_state(t, kl_forward)
+        wanted = wanted + BETA * t.gradient(charged)
+    torch.testing.assert_close(found, FACTOR[loss_type] * wanted, atol=1e-6, rtol=0)
+
+
+def test_grpo_divides_by_its_own_spread(grpo_enumerated):  # noqa: F811
+    """That of the completions' rewards less their penalty, whatever the tokens earn."""
+    trainer = rewarded(grpo_enumerated(scale_rewards="group"), FIXED)
+    KLPenaltyCallback(trainer, KLPenalty("k1", "reward"))
+    use_reward_to_go(trainer)
+    trainer.model.train()
+    batch, texts = (
+        trainer._generate_and_score_completions([{"prompt": "b c"}] * len(FIXED)),
+        trainer._generate(["b c"] * 25)[3],
+    )
+    charged = torch.tensor([worth(text) for text in texts]) - BETA * seam_of(trainer).last_penalty
+    first = torch.tensor(
+        [
+            worth(text)
+            for text in trainer.processing_class.batch_decode([ids[:1] for ids in FIXED], skip_special_tokens=True)
+        ]
+    )
+    own = torch.tensor([worth(text) for text in texts]) - first  # what the second token earned
+    expected = (charged - charged.mean() - first + first.mean()) / (charged.std() + 1e-4)
+    torch.testing.assert_close(batch["advantages"][:, 1], expected.to(batch["advantages"]), atol=1e-5, rtol=0)
+    assert own.std() > 0.1
+
+
 @pytest.mark.parametrize("discount", [1.0, 0.6])
 def test_gradient_after_an_update(enumerated, discount):  # noqa: F811
     """Completions of an earlier policy are weighted to the present one."""
@@ -138,10 +184,12 @@ def test_to_go_by_hand():
     assert to_go(added, 0.0).tolist() == added.tolist()
 
 
-def test_less_the_others_by_hand():
+def test_less_the_mean_by_hand():
     values = torch.tensor([1.0, 2.0, 6.0, 5.0, math.nan, 1.0, 3.0, math.nan, math.nan])
-    assert less_the_others(values, 3).tolist() == [-3, -1.5, 4.5, 4, 0, -4, 0, 0, 0]
-    assert less_the_others(torch.tensor([[1.0, 0.0], [3.0, 4.0]]), 2).tolist() == [[-2, -4], [2, 4]]
+    assert less_the_mean(values, 3, leave_one_out=True).tolist() == [-3, -1.5, 4.5, 4, 0, -4, 0, 0, 0]
+    assert less_the_mean(values, 3, leave_one_out=False).tolist() == [-2, -1, 3, 2, 0, -2, 0, 0, 0]
+    pairs = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    assert less_the_mean(pairs, 2, leave_one_out=True).tolist() == [[-2, -4], [2, 4]]
 
 
 class Words:
@@ -190,6 +238,9 @@ def test_prefixes_of_a_conversation_are_the_assistant_s_message(enumerated):  # 
     batch = trainer._generate_and_score_completions([{"prompt": "b c", "noun": "n"}] * 2)
     found, _ = partial_rewards(trainer, batch["completion_ids"], batch["completion_mask"], 1)
     assert found.tolist() == [[1, 3], [1, 3]] and [text for text, *_ in words.asked[1]] == ["b", "c"]
+    seam_of(trainer).batch.rewarded[1][0].append({"role": "tool", "content": "c"})
+    with pytest.raises(ValueError, match="a completion in which tools speak has no prefixes"):
+        partial_rewards(trainer, batch["completion_ids"], batch["completion_mask"], 1)
 
 
 def test_a_completion_without_a_reward_has_none_by_token(enumerated):  # noqa: F811
@@ -253,7 +304,7 @@ def test_where_no_reward_scores_prefixes_it_says_so(enumerated):  # noqa: F811
     assert seam_of(trainer).changes == []
 
 
-def test_refusals(tiny_model, tmp_path, enumerated):  # noqa: F811
+def test_refusals(enumerated, grpo_enumerated):  # noqa: F811
     trainer = enumerated()
     for options, words in [
         ({"discount": 1.5}, "reward_discount must be from 0 to 1, got 1.5"),
@@ -262,14 +313,10 @@ def test_refusals(tiny_model, tmp_path, enumerated):  # noqa: F811
     ]:
         with pytest.raises(ValueError, match=words):
             use_reward_to_go(trainer, **options)
-    with pytest.raises(ValueError, match="leave normalize_advantages out"):
-        use_reward_to_go(enumerated(normalize_advantages=True))
-    options = TINY_RUN | {"output_dir": str(tmp_path)}
-    grpo = GRPOTrainer(
-        model=str(tiny_model),
-        reward_funcs=reward,
-        args=GRPOConfig(**options),
-        train_dataset=Dataset.from_dict({"prompt": ["once"] * 8}),
-    )
-    with pytest.raises(ValueError, match="reward_discount is RLOO's"):
-        use_reward_to_go(grpo)
+    for trainer, words in [
+        (enumerated(normalize_advantages=True), "normalize_advantages True has one advantage for a text"),
+        (grpo_enumerated(importance_sampling_level="sequence"), "importance_sampling_level 'sequence' has one"),
+        (grpo_enumerated(multi_objective_aggregation="normalize_then_sum"), "it is 'sum_then_normalize'"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            use_reward_to_go(trainer)

@@ -8,7 +8,7 @@ from trl.trainer.utils import nanstd, pad
 from .. import kl
 from .baseline import weighted
 from .looking_on import look_on
-from .loss_types import check_loss_type, divisor_of_completions, scale_of_advantages
+from .loss_types import check_loss_type, divisor_of_completions, scale_of_batch
 from .penalised import Batch, LossPass, PenaltySeam
 from .seam import unknown_order
 
@@ -23,6 +23,7 @@ class GRPOSeam(PenaltySeam):
     """
 
     OWN = ("k3", "loss")
+    LEAVES_ONE_OUT = False  # the baseline is the mean of the whole group
     NEEDS = (
         "_generate", "reward_weights", "loss_type", "scale_rewards", "multi_objective_aggregation", "num_generations",
         "num_generations_eval", "max_completion_length", "use_vllm", "vllm_importance_sampling_correction",
@@ -57,18 +58,15 @@ class GRPOSeam(PenaltySeam):
     @property
     def is_stock(self) -> bool:
         """Whether TRL makes the penalty, every number the same bit for bit."""
-        if self.penalty is None:
-            return True
-        return self.penalty.is_plain(*self.OWN) and self.scorer.own_reference is None
+        return self.penalty is None or (self.penalty.is_plain(*self.OWN) and self.scorer.own_reference is None)
 
     @property
     def on_policy(self) -> bool:
         """Whether TRL takes the loss's own log-probabilities for those of the policy that sampled."""
         trainer, args = self.trainer, self.trainer.args
         corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
-        return args.gradient_accumulation_steps % (args.steps_per_generation * trainer.num_iterations) == 0 and (
-            not corrected
-        )
+        updates = args.steps_per_generation * trainer.num_iterations
+        return args.gradient_accumulation_steps % updates == 0 and not corrected
 
     def generate_and_score(self, inputs):
         if self.penalty is None and self.scorer.own_reference is not None and self.beta != 0:
@@ -79,8 +77,7 @@ class GRPOSeam(PenaltySeam):
         if self.is_stock or self.beta == 0:
             self.batch = Batch(under_way=False)
             output = self.stock.generate_and_score(inputs)
-            self.tell(look_on(self, output), output.get("sampling_per_token_logps"))
-            return output
+            return self._finish(output, look_on(self, output))
         trainer, self.loss_pass = self.trainer, None
         self.batch, weights = (batch := Batch()), trainer.reward_weights
         try:
@@ -95,7 +92,12 @@ class GRPOSeam(PenaltySeam):
         if self.penalty.in_reward:
             self._put_right(output)
         self._keep_for_loss(output)
-        self.tell(batch.rollout, output.get("sampling_per_token_logps"))
+        return self._finish(output, batch.rollout)
+
+    def _finish(self, output: dict, rollout: kl.Rollout | None) -> dict:
+        for change in self.changes:
+            change(output)
+        self.tell(rollout, output.get("sampling_per_token_logps"))
         return output
 
     def generate(self, prompts):
@@ -121,9 +123,10 @@ class GRPOSeam(PenaltySeam):
 
     def calculate_rewards(self, *args, **kwargs):
         rewards, batch = self.stock.calculate_rewards(*args, **kwargs), self.batch
+        if batch is not None:
+            batch.rewards, batch.rewarded = rewards, (args[0], args[2])
         if batch is None or not batch.under_way or not batch.scored:
             return rewards
-        batch.rewards = rewards  # (B of all processes, functions)
         self._make_rollout()
         if not self.penalty.in_reward:
             return rewards
@@ -154,8 +157,7 @@ class GRPOSeam(PenaltySeam):
         if batch.own_tokens is not None:
             masks = [torch.tensor(mask, device=asked[0].device) for mask in batch.own_tokens]
             own = pad(masks, padding_value=1, padding_side="right", pad_to_multiple_of=self.trainer.pad_to_multiple_of)
-            mask = rollout.completion_mask * own
-            rollout = dataclasses.replace(rollout, completion_mask=mask)
+            rollout = dataclasses.replace(rollout, completion_mask=rollout.completion_mask * own)
         if batch.graph is not None and self.in_loss:
             rollout = dataclasses.replace(rollout, graphs=batch.estimates)
         batch.rollout, batch.ref_head = rollout, reference.head
@@ -165,16 +167,18 @@ class GRPOSeam(PenaltySeam):
         trainer, batch = self.trainer, self.batch
         rewards, metrics = weighted(trainer, batch.rewards), self.metrics
         metrics["reward"][-1], metrics["reward_std"][-1] = rewards.nanmean().item(), nanstd(rewards).item()
-        if not self.in_loss:
-            return
-        charged = rewards - self.beta * trainer.accelerator.gather(batch.penalty).to(rewards.device)
-        here = trainer.accelerator.process_index * len(batch.penalty)
-        output["kl_scale"] = scale_of_advantages(trainer, charged)[here : here + len(batch.penalty)]
+        if self.in_loss:
+            output["kl_scale"] = scale_of_batch(trainer, batch, len(batch.penalty))
+
+    def credit_tokens(self, output: dict, credit: torch.Tensor) -> torch.Tensor:
+        """Advantages of tokens, (B, T), which TRL's loss takes as well: the completion's and what stands on top."""
+        scale = scale_of_batch(self.trainer, self.batch, len(credit))
+        output["advantages"] = output["advantages"].unsqueeze(1) + scale.unsqueeze(1) * credit
+        return output["advantages"]
 
     def compute_loss(self, model, inputs):
         if self.is_stock or self.beta == 0:
-            loss = self.stock.compute_loss(model, inputs)
-            self.check_loss(loss)
+            self.check_loss(loss := self.stock.compute_loss(model, inputs))
             return loss
         beta, self.loss_pass = self.beta, (loss_pass := LossPass(inputs.get("kl_row")))
         try:

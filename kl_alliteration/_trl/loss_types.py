@@ -4,6 +4,7 @@ import torch
 import trl
 from trl.trainer.utils import nanstd
 
+from .baseline import weighted
 from .seam import READ_FROM, UnknownTRLError
 
 LOSS_TYPES = ("grpo", "sapo", "bnpo", "dr_grpo", "luspo", "dapo", "cispo", "vespo")
@@ -38,6 +39,14 @@ def divisor_of_completions(trainer, inputs, mask: torch.Tensor) -> torch.Tensor:
     check_loss_type(trainer)
     tokens = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
     return every * (tokens * steps / trainer.args.steps_per_generation if training else tokens)
+
+
+def scale_of_batch(trainer, batch, rows: int) -> torch.Tensor:
+    """(B,), [`scale_of_advantages`] of a generation batch's rewards, less their penalty, for this process's `rows`."""
+    charged, here = weighted(trainer, batch.rewards), trainer.accelerator.process_index * rows
+    if batch.penalty is not None:
+        charged = charged - trainer.beta * trainer.accelerator.gather(batch.penalty).to(charged.device)
+    return scale_of_advantages(trainer, charged)[here : here + rows]
 
 
 def scale_of_advantages(trainer, charged: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,7 @@ class PenaltySeam(Seam):
 
     def __init__(self, trainer):
         super().__init__(trainer)
+        self.changes: list[Callable[[dict], None]] = []  # of what a generation batch returns
         self.one_forward = False  # the loss uses the policy's scoring pass and its graph
         self.batch: Batch | None = None
         self.loss_pass: LossPass | None = None

@@ -63,4 +63,8 @@ def _without_hooks(trainer):
 
 def _of_text(completion, text: str):
     """A completion with another text: plain, or the assistant's one message."""
-    return text if isinstance(completion, str) else [*completion[:-1], completion[-1] | {"content": text}]
+    if isinstance(completion, str):
+        return text
+    if len(completion) > 1:
+        raise ValueError("reward_discount: a completion in which tools speak has no prefixes that rewards understand")
+    return [completion[0] | {"content": text}]

@@ -24,10 +24,10 @@ class RLOOSeam(PenaltySeam):
     """
 
     OWN = ("k1", "reward")  # TRL's own penalty: estimator and placement
+    LEAVES_ONE_OUT = True  # the baseline is the mean of the others in the group
 
     def __init__(self, trainer):
         super().__init__(trainer)
-        self.changes: list[Callable[[dict], None]] = []  # of what a generation batch returns
         self.stock.calculate_rewards = trainer._calculate_rewards
         trainer._calculate_rewards = self.calculate_rewards
         trainer._generate_and_score_completions = self.generate_and_score
@@ -112,6 +112,11 @@ class RLOOSeam(PenaltySeam):
         batch.rollout = self.scorer.rollout(batch.scored[0], reference, *asked[:2], base_logps)
         if batch.graph is not None and self.in_loss:
             batch.rollout = replace(batch.rollout, graphs=batch.estimates)
+
+    def credit_tokens(self, output: dict, credit: torch.Tensor) -> torch.Tensor:
+        """Give tokens what (B, T) says on top of their completion's advantage; returns theirs in all, (B, T)."""
+        output["kl_credit"] = credit
+        return output["advantages"].unsqueeze(1) + credit
 
     def token_weights(self, inputs, logps: torch.Tensor) -> torch.Tensor | None:
         """(B, T), what each token's gradient in TRL's loss is multiplied with; `None` where that is 1."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .. import kl
 from ..adapters import check_targets
+from ..credit import check_reward_to_go
 from .frontier import read_base_rewards
 from .gguf import SMOLLM2_FOLDER, is_gguf
 from .hub import check_hub
@@ -60,24 +61,13 @@ def check_penalty_options(args: OnlineArguments, training_args) -> None:
     if args.score_as_sampled and isinstance(args, GRPOArguments):
         raise ValueError("score_as_sampled is RLOO's: sample GRPO's completions without truncation")
     if args.reward_discount is not None:
-        check_reward_to_go(args, training_args)
+        check_reward_to_go(training_args, args.reward_discount, args.reward_prefix_tokens)
+        if args.baseline == "none":
+            raise ValueError("baseline 'none' goes with --reward_discount none, which compares tokens within a group")
     if args.baseline == "none" and isinstance(args, GRPOArguments):
         raise ValueError("baseline 'none' is RLOO's: GRPO's is the mean of its group")
     if args.baseline == "none" and training_args.normalize_advantages:
         raise ValueError("baseline 'none' has no advantages to normalize: leave normalize_advantages out")
-
-
-def check_reward_to_go(args: OnlineArguments, training_args) -> None:
-    if not 0 <= args.reward_discount <= 1:
-        raise ValueError(f"reward_discount must be from 0 to 1, got {args.reward_discount}; none credits whole texts")
-    if args.reward_prefix_tokens < 1:
-        raise ValueError(f"reward_prefix_tokens must be >= 1, got {args.reward_prefix_tokens}")
-    if isinstance(args, GRPOArguments):
-        raise ValueError("reward_discount is RLOO's: GRPO has one advantage for all tokens of a completion")
-    if training_args.normalize_advantages:
-        raise ValueError("normalize_advantages goes with --reward_discount none: tokens have advantages in reward")
-    if args.baseline == "none":
-        raise ValueError("baseline 'none' goes with --reward_discount none, which compares tokens within a group")
 
 
 def check_online_options(args: OnlineArguments, training_args) -> None:

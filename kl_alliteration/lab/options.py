@@ -200,7 +200,7 @@ class OnlineArguments(StoryArguments):
     reward_discount: float | None = field(
         default=None,
         metadata={
-            "help": "RLOO: credit each token with the reward from there on, n tokens later times this to the n-th: 1 "
+            "help": "Credit each token with the reward from there on, n tokens later times this to the n-th: 1 "
             "is the same objective with less noise, 0.8 looks five tokens ahead. `none` credits the whole text."
         },
     )

@@ -104,7 +104,7 @@ def use_sampler_correction(
     if correction == "none":
         asked = f"sampler_divergence_type {divergence_type!r}"
     seam = seam_of(trainer)
-    if not hasattr(seam, "changes"):
+    if hasattr(trainer, "vllm_importance_sampling_correction"):
         raise ValueError(
             "sampler_correction is RLOO's: GRPOTrainer has its own, vllm_importance_sampling_correction with "
             "vllm_importance_sampling_mode and vllm_importance_sampling_cap"
