@@ -23,7 +23,8 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`, or `tests/test_grpo
 - and for a penalty there, guarded by `tests/test_grpo_penalty.py`: `_generate(prompts)[2]` holds masks of tools'
   tokens; scores are asked for by keyword `batch_size`, the policy's only where the batch serves more than one update,
   the reference's after it and before `_calculate_rewards`, whose columns are summed by `reward_weights` as it then is;
-  `scale_rewards` divides by `nanstd` + 1e-4; advantages may be (B, T), which `tests/test_reward_to_go.py` guards; the loss at beta 0 leaves its KL out, and divides by `loss_type`.
+  `scale_rewards` divides by `nanstd` + 1e-4; the loss at beta 0 leaves its KL out, and divides by `loss_type`;
+  its advantages may be (B, T), which `tests/test_reward_to_go.py` guards.
 - `_load_from_checkpoint(checkpoint)`, of transformers, brings model or adapters back.
 - `_tokenize_prompts(prompts)[0]`, `_calculate_rewards(inputs, prompts, completions, completion_ids)`, which gives
   (B of all processes, functions), `_pending_metrics`, `_pending_extra_logs`, and `trl.data_utils._tokenize` are what
