@@ -28,8 +28,9 @@ def partial_rewards(trainer, ids: torch.Tensor, mask: torch.Tensor, step: int) -
     # Every process has to ask for as many: what is missing are copies of the first completion.
     missing = int(accelerator.gather(torch.tensor([len(b)], device=ids.device)).max()) - len(b)
     of = b.tolist() + [0] * missing
-    parts = [ids[row, : points[place]].tolist() for row, place in zip(b.tolist(), k.tolist(), strict=True)]
-    parts += [ids[0].tolist()] * missing
+    tokens, stops = ids.tolist(), points.tolist()
+    parts = [tokens[row][: stops[place]] for row, place in zip(b.tolist(), k.tolist(), strict=True)]
+    parts += [tokens[0]] * missing
     start = accelerator.process_index * len(ids)
     whole = trainer._kl_alliteration_seam.batch.rewards[start : start + len(ids)]  # (B, functions)
     found = whole.unsqueeze(1).repeat(1, len(points), 1)  # (B, K, functions)
