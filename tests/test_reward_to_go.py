@@ -252,7 +252,7 @@ def test_a_reward_of_whole_texts_is_not_asked_of_prefixes(enumerated):  # noqa: 
     whole = Words(scores_prefixes=False)
     whole.__name__ = "whole"
     found, _ = worth_of_prefixes(enumerated, [[3, 2], [4, 4]], [Words(), whole])
-    assert found.tolist() == [[1 + 30, 3 + 30], [1 + 30, 3 + 30]]
+    assert found.tolist() == [[1 + 30, 3 + 30], [1 + 30, 3 + 30]] and len(whole.asked) == 1
 
 
 def test_rewards_are_clipped_as_the_trainer_clips_them(enumerated):  # noqa: F811

@@ -29,7 +29,8 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`, or `tests/test_grpo
 - `_tokenize_prompts(prompts)[0]`, `_calculate_rewards(inputs, prompts, completions, completion_ids)`, which gives
   (B of all processes, functions), `_pending_metrics`, `_pending_extra_logs`, and `trl.data_utils._tokenize` are what
   `asking.py` uses, and `prefixes.py` of prefixes, decoded with `skip_special_tokens` as in `_generate`;
-  where the methods `_log_metric` and `_log_completion_extra`, which TRL hands to rewards, are hidden;
+  where the methods `_log_metric` and `_log_completion_extra`, which TRL hands to rewards, are hidden, and of
+  `reward_funcs`, `reward_func_names` and `reward_processing_classes` only some are left;
   `tests/test_judge_is_trainer.py` and `tests/test_reward_to_go.py` guard them; and
   `trl.models.unwrap_model_for_generation`, which gathers what ZeRO-3 shards: `tests/engines/test_deepspeed.py`.
 - `vllm_generation.logprobs`, `None` in RLOO, and `vllm_generation.generate(...)`, whose third result are lists

@@ -7,6 +7,8 @@ import torch
 from .asking import rewards_of
 from .baseline import weighted
 
+OF_FUNCTIONS = ("reward_funcs", "reward_func_names", "reward_processing_classes")
+
 
 def scores_prefixes(function) -> bool:
     """Whether a reward function says of itself that it may be asked of a text that is not over."""
@@ -34,14 +36,14 @@ def partial_rewards(trainer, ids: torch.Tensor, mask: torch.Tensor, step: int) -
     start = accelerator.process_index * len(ids)
     whole = trainer._kl_alliteration_seam.batch.rewards[start : start + len(ids)]  # (B, functions)
     found = whole.unsqueeze(1).repeat(1, len(points), 1)  # (B, K, functions)
+    asked = [place for place, function in enumerate(trainer.reward_funcs) if scores_prefixes(function)]
     if parts:
         texts = trainer.processing_class.batch_decode(parts, skip_special_tokens=True)
-        asked = [_of_text(completions[row], text) for row, text in zip(of, texts, strict=True)]
-        with _without_hooks(trainer):
-            found[b, k] = rewards_of(trainer, [rows[row] for row in of], asked, parts)[: len(b)].to(found)
-    for place, function in enumerate(trainer.reward_funcs):
-        if not scores_prefixes(function):
-            found[..., place] = whole[:, place].unsqueeze(1)
+        prefixes = [_of_text(completions[row], text) for row, text in zip(of, texts, strict=True)]
+        with _these_alone(trainer, asked):
+            answers = rewards_of(trainer, [rows[row] for row in of], prefixes, parts)[: len(b)]
+        for column, place in enumerate(asked):
+            found[b, k, place] = answers[:, column].to(found)
     total = weighted(trainer, found.flatten(0, 1)).view(found.shape[:2])
     nothing = total[:, -1].isnan()  # of the whole completion
     known = torch.zeros_like(total[:, 0])
@@ -53,13 +55,18 @@ def partial_rewards(trainer, ids: torch.Tensor, mask: torch.Tensor, step: int) -
 
 
 @contextmanager
-def _without_hooks(trainer):
-    """Rewards get `None` for `log_metric` and `log_extra`: what they would log is of no text, and takes time."""
+def _these_alone(trainer, places: list[int]):
+    """Some of its reward functions alone, `None` for `log_metric` and `log_extra`: nothing of prefixes is logged."""
+    before = {name: getattr(trainer, name) for name in OF_FUNCTIONS}
+    for name, values in before.items():
+        setattr(trainer, name, [values[place] for place in places])
     trainer._log_metric = trainer._log_completion_extra = None
     try:
         yield
     finally:
         del trainer._log_metric, trainer._log_completion_extra
+        for name, values in before.items():
+            setattr(trainer, name, values)
 
 
 def _of_text(completion, text: str):
