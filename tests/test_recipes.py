@@ -119,7 +119,7 @@ def test_an_adapter_goes_on_is_stacked_and_merged(adapter, tmp_path):
         return lines(tmp_path / name / "metrics.jsonl")
 
     assert [entry["kl/reference_resets"] for entry in entries("more")[:2]] == [1, 1]
-    assert entries("more")[1]["kl"] == 0 and abs(entries("more")[1]["kl/base_per_token"]) > 1e-3
+    assert entries("more")[1]["kl"] == 0 and abs(entries("more")[1]["kl/base_per_token"]) > 1e-4
     assert (tmp_path / "more/checkpoint-2/ref/adapter_model.safetensors").exists()
     assert not (tmp_path / "more/ref").exists() and not (tmp_path / "more/_unfinished").exists()
     configs = {n: json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in ("first", "more", "two")}
@@ -343,7 +343,7 @@ def test_conversational_prompts(tmp_path, tiny_model):
             "resume_from_checkpoint: there is no folder 'out/checkpoint-9'",
         ),
         (["--num_generations", "many"], "invalid int value: 'many'"),
-        (["--kl_budget_per_token", "much"], "must be a number or none, got 'much'"),
+        (["--kl_budget_per_token", "much"], "invalid float value: 'much'"),
     ],
 )
 def test_refusals(tmp_path, options, says):

@@ -60,14 +60,14 @@ def check_penalty_options(args: OnlineArguments, training_args) -> None:
         raise ValueError("sampler_correction is RLOO's: GRPO has its own, --vllm_importance_sampling_mode")
     if args.score_as_sampled and isinstance(args, GRPOArguments):
         raise ValueError("score_as_sampled is RLOO's: sample GRPO's completions without truncation")
-    if args.reward_discount is not None:
-        check_reward_to_go(training_args, args.reward_discount, args.reward_prefix_tokens)
-        if args.baseline == "none":
-            raise ValueError("baseline 'none' goes with --reward_discount none, which compares tokens within a group")
     if args.baseline == "none" and isinstance(args, GRPOArguments):
         raise ValueError("baseline 'none' is RLOO's: GRPO's is the mean of its group")
     if args.baseline == "none" and training_args.normalize_advantages:
         raise ValueError("baseline 'none' has no advantages to normalize: leave normalize_advantages out")
+    if args.reward_discount is not None:
+        check_reward_to_go(training_args, args.reward_discount, args.reward_prefix_tokens)
+        if args.baseline == "none":
+            raise ValueError("baseline 'none' goes with --reward_discount none, which compares tokens within a group")
 
 
 def check_online_options(args: OnlineArguments, training_args) -> None:

@@ -48,9 +48,6 @@ class RecipeParser(TrlParser):
         self.words: list[str] = []  # of the command line
         self.spelled: dict = {}  # the YAML file's values as they are written
         self.scheduler: str | None = None  # and its lr_scheduler_type
-        for action in self._actions:
-            if action.type is float and action.default is None:
-                action.type = float_or_none
         # All linear layers but the head, by PEFT's own finding; dropout would act in sampling and in every score.
         self.set_defaults(lora_target_modules=["all-linear"], lora_dropout=0.0)
         if HAS_NEW_NAMES:
@@ -185,14 +182,6 @@ def read_words(path: Path) -> dict:
 
 def takes_bool(action) -> bool:
     return isinstance(action.default, bool) or action.type is string_to_bool or action.nargs == 0
-
-
-def float_or_none(value: str) -> float | None:
-    """A number, or `None` for the word none: the command line can so remove what a YAML file sets."""
-    try:
-        return None if value.lower() == "none" else float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number or none, got {value!r}") from None
 
 
 def parse_recipe(parser: RecipeParser, argv: list[str] | None = None):
