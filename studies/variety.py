@@ -33,10 +33,10 @@ COLUMNS = ("exact_kl_per_sequence", "kl_of_plots", "effective_plots", "most_told
 
 
 def row(name: str, summaries: list[dict]) -> str:
-    """Of the three that the base has too, the base's in brackets; the reward over the base's at the end."""
+    """Behind three of them that of the base; at the end the reward over the base's."""
     before, cells = summaries[0]["before"], []
     for column in COLUMNS:
-        base = f" ({before[column]:.2f})" if column in ("effective_plots", "distinct_2", "reward_mean") else ""
+        base = f", {before[column]:.2f}" if column in ("effective_plots", "distinct_2", "reward_mean") else ""
         cells.append(spread([summary["after"][column] for summary in summaries]) + base)
     over = [summary["after"]["reward_mean"] / summary["before"]["reward_mean"] for summary in summaries]
     return f"| {name} | {' | '.join(cells)} | {spread(over)} |"
