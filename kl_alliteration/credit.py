@@ -57,7 +57,7 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> N
 
     With a `discount` below 1 a reward that comes n tokens later counts `discount ** n`. That is another objective,
     which looks 1 / (1 - discount) tokens ahead: less noise again, and a token is no longer paid for what the text
-    becomes much later. So training learns to alliterate in every plot before it chooses the plot that alliterates.
+    becomes much later. So a small price on openings keeps many plots: `KLPenalty(opening_tokens=, opening_price=)`.
 
     It is for reward functions with an attribute `scores_prefixes = True`, which the alliteration rewards have, and
     yours may: `my_reward.scores_prefixes = True`. They are called once more a batch, of as many texts as there are

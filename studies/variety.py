@@ -50,13 +50,12 @@ def draw(groups: dict[str, list[Path]], path: Path) -> None:
         # The window of four hundred texts is full from the tenth step on.
         log = [entry for entry in read_metrics(folders[0]) if "plots/effective" in entry and entry["step"] >= 10]
         points = [(entry["reward"], entry["plots/effective"]) for entry in log]
-        (line,) = axis.plot(*zip(*points, strict=True), color=f"C{i}", linewidth=1.5)
-        axis.plot(*points[-1], "o", color=line.get_color())
-        axis.annotate(f"  {SETTINGS[name][2]}", points[-1], color=line.get_color(), fontsize=9, va="center")
+        axis.plot(*zip(*points, strict=True), color=f"C{i}", linewidth=1.5, label=SETTINGS[name][2])
+        axis.plot(*points[-1], "o", color=f"C{i}")
     axis.set_xlabel("reward")
     axis.set_ylabel("plots told (effective number)")
     axis.set_ylim(bottom=0)
-    axis.margins(x=0.25)
+    axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
     figure.savefig(path, dpi=120)
