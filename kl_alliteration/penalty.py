@@ -137,7 +137,7 @@ class KLPenalty:
         if bool(self.opening_tokens) != bool(self.opening_price):
             raise ValueError(
                 f"opening_tokens {self.opening_tokens} and opening_price {self.opening_price:g} need each other: set "
-                "both or none"
+                "both, or both to 0"
             )
         if self.budget_per_token is None:
             if self.within_budget:
