@@ -88,7 +88,7 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> N
         if not trainer.model.training:
             return
         ids, mask, gather = output["completion_ids"], output["completion_mask"], trainer.accelerator.gather
-        rewards, ends = partial_rewards(trainer, ids, mask, every_tokens)  # (B, K), (B, K)
+        rewards, ends = partial_rewards(seam, ids, mask, every_tokens)  # (B, K), (B, K)
         first = torch.zeros_like(rewards[:, :1])
         added = torch.zeros(ids.shape, device=ids.device).scatter_add_(1, ends, rewards.diff(dim=1, prepend=first))
         length = int(gather(torch.tensor([ids.shape[1]], device=ids.device)).max())

@@ -1,6 +1,6 @@
 """Teach a story model to alliterate with TRL's RLOO and a KL penalty.
 
-    accelerate launch recipes/rloo_tall_tree.py                # the embedded model, a budget of KL
+    accelerate launch recipes/rloo_tall_tree.py                # the embedded model: many plots, within a budget of KL
     accelerate launch recipes/rloo_tall_tree.py --use_peft     # a LoRA adapter; the reference is the base
     accelerate launch recipes/rloo_tall_tree.py --config recipes/fixed_beta.yaml --beta 0   # the collapse
 

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from kl_alliteration.lab.sweep import ROOT, Run, run_all
 
 BUDGET = ("--config", str(ROOT / "recipes/budget.yaml"))  # what most studies change one thing of
+JUDGED = ("--eval_stories", "400", "--show_stories_every", "0", "--report_to", "none", "--disable_tqdm", "true")
 
 
 def quiet() -> None:

@@ -32,7 +32,7 @@ STOCK = {"kl_estimator": "k1", "kl_placement": "reward", "kl_budget_per_token": 
 HELD = {0.06: 2.0, 0.12: 1.0, 0.18: 1.0}
 RULED = STOCK | {"max_steps": 100, "target_kl_per_token": TARGET, "beta": 0.3}
 EXPERIMENTS = {
-    "held": {"default": {"max_steps": 600, "eval_stories": 500}},
+    "held": {"budget 0.15": {"max_steps": 600, "eval_stories": 500}},
     "ahead": {
         f"budget {budget}": {"kl_budget_per_token": budget, "beta": beta, "max_steps": 160}
         for budget, beta in HELD.items()
@@ -178,7 +178,7 @@ def main():
     runs = {name: seeds_of(name.replace(" ", "_"), QUIET | options, args.seeds) for name, options in wanted.items()}
     folders = run_groups(runs, args)
     if args.experiment == "held":
-        table(HELD_COLUMNS, [held(folder) for folder in folders["default"]])
+        table(HELD_COLUMNS, [held(folder) for folder in folders["budget 0.15"]])
     if args.experiment == "ahead":
         frontier = json.loads((MODEL_PATH.parent / "frontier.json").read_text())["frontier"]
         ahead(folders, frontier, args.figures)

@@ -9,7 +9,7 @@ runs/rloo_and_grpo and are kept. Prints the table in Markdown, means with the ra
 
 import statistics
 
-from common import BUDGET, quiet, run_groups, runs_parser, spread
+from common import BUDGET, JUDGED, quiet, run_groups, runs_parser, spread
 
 from kl_alliteration.lab.runs import read_metrics, read_summary
 from kl_alliteration.lab.survival import one_line_errors
@@ -36,22 +36,11 @@ COLUMNS = {
 def main():
     args = runs_parser(__doc__, "rloo_and_grpo").parse_args()
     quiet()
-    words = (
-        *BUDGET,
-        "--eval_stories",
-        "400",
-        "--show_stories_every",
-        "0",
-        "--report_to",
-        "none",
-        "--disable_tqdm",
-        "true",
-    )
     groups = {}
     for name, (recipe, options) in SETTINGS.items():
         folder = name.replace(", ", "_").replace(" ", "_")
         script = ROOT / f"recipes/{recipe}_tall_tree.py"
-        groups[name] = seeds_of(folder, options, args.seeds, words, script)
+        groups[name] = seeds_of(folder, options, args.seeds, (*BUDGET, *JUDGED), script)
     print(f"| | {' | '.join(COLUMNS.values())} | seconds a step |\n|---|---|---|---|---|---|", flush=True)
     for name, paths in run_groups(groups, args).items():
         found = [read_summary(path)["after"] for path in paths]

@@ -14,7 +14,7 @@ import random
 import statistics
 
 import torch
-from common import BUDGET, quiet, run_groups, runs_parser, spread
+from common import BUDGET, JUDGED, quiet, run_groups, runs_parser, spread
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from kl_alliteration.lab.runs import read_metrics, read_summary
@@ -73,25 +73,14 @@ def main():
     quiet()
     if "repeats" in args.settings and not (args.folder / "repeats/model.safetensors").is_file():
         repeating_model(args.folder / "repeats")
-    words = (
-        *BUDGET,
-        "--eval_stories",
-        "400",
-        "--show_stories_every",
-        "0",
-        "--report_to",
-        "none",
-        "--disable_tqdm",
-        "true",
-    )
-    groups = {}
+    groups, words = {}, (*BUDGET, *JUDGED, *args.options)
     for name in args.settings:
         options = dict(SETTINGS[name])
         if "model_name_or_path" in options:
             options["model_name_or_path"] = str(args.folder / options["model_name_or_path"])
         for target in args.targets:
             told = options | {"target_kl_per_sequence": target}
-            groups[f"{name}_{target:g}"] = seeds_of(f"{name}_{target:g}", told, args.seeds, (*words, *args.options))
+            groups[f"{name}_{target:g}"] = seeds_of(f"{name}_{target:g}", told, args.seeds, words)
     folders = run_groups(groups, args)
     print(
         "| model | target | KL at the end, nats per sequence | over the target | largest in the log, over it |", end=""

@@ -1,6 +1,6 @@
 """What keeps many plots, and what it costs: openings at a price, and each token credited with what follows soon.
 
-    python studies/variety.py                          # nine settings, seed 0, 2,400 generations; a figure
+    python studies/variety.py                          # seven settings, seed 0, 2,400 generations; a figure
     python studies/variety.py --settings default --seeds 0 1 2 -- --max_steps 500
 
 Runs go into runs/variety and are kept. Prints the table in Markdown, means with the range over seeds, and draws the
@@ -9,7 +9,7 @@ plots that are told over the reward as the runs go on (--figure).
 
 from pathlib import Path
 
-from common import BUDGET, quiet, run_groups, runs_parser, spread
+from common import BUDGET, JUDGED, quiet, run_groups, runs_parser, spread
 from matplotlib.figure import Figure
 
 from kl_alliteration.lab.runs import read_metrics, read_summary
@@ -22,13 +22,10 @@ SETTINGS = {  # options of the default beside which a setting stands, or of a bu
     "discount_1": (BUDGET, {"reward_discount": 1.0}, "reward by token"),
     "discount_0.9": (BUDGET, {"reward_discount": 0.9}, "discount 0.9"),
     "discount_0.6": (BUDGET, {"reward_discount": 0.6}, "discount 0.6"),
-    "opening_2.75": (BUDGET, OPENING | {"kl_opening_price": 2.75}, "openings at 2.75"),
     "opening_0.5": (BUDGET, OPENING | {"kl_opening_price": 0.5}, "openings at 0.5"),
     "default": ((), {}, "discount 0.8, openings at 0.5: the default"),
     "0.9_and_0.75": ((), {"reward_discount": 0.9, "kl_opening_price": 0.75}, "0.9, at 0.75"),
-    "0.6_and_1": ((), {"reward_discount": 0.6, "kl_opening_price": 1.0}, "0.6, at 1"),
 }
-WORDS = ("--plots", "true", "--eval_stories", "400", "--show_stories_every", "0", "--report_to", "none")
 COLUMNS = ("exact_kl_per_sequence", "kl_of_plots", "effective_plots", "most_told_share", "distinct_2", "reward_mean")
 
 
@@ -73,7 +70,7 @@ def main():
     groups = {}
     for name in args.settings:
         config, options, _ = SETTINGS[name]
-        groups[name] = seeds_of(name, options, args.seeds, (*config, *WORDS, *args.options))
+        groups[name] = seeds_of(name, options, args.seeds, (*config, "--plots", "true", *JUDGED, *args.options))
     folders = run_groups(groups, args)
     head = "KL, nats per sequence | of plots | plots (before) | most told | distinct-2 (before) | reward (before)"
     print(f"| | {head} | over the base's |\n|---|---|---|---|---|---|---|---|")

@@ -124,6 +124,7 @@ def test_train_push_and_a_stranger_reads_it(hub, at_hub, here, tmp_path):
     assert (
         "exact in the reward and loss, beta 1 per nat of the sequence beyond a budget of 0.15 nats per token" in card
     )
+    assert "0.5 times beta per nat of the first 12 tokens; reward by token, discount 0.8" in card
     assert "- Reward: `alliteration_reward`" in card
     assert f'load_adapter("{REPO}")' in card
 

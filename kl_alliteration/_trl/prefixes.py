@@ -15,7 +15,7 @@ def scores_prefixes(function) -> bool:
     return getattr(function, "scores_prefixes", False)
 
 
-def partial_rewards(trainer, ids: torch.Tensor, mask: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def partial_rewards(seam, ids: torch.Tensor, mask: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the generation batch under way, (B, T) tokens: what its first `step`, 2 `step`, ... tokens are worth.
 
     Weighted, summed and clipped as the trainer does, and carried on over prefixes to which no function applies. Where
@@ -24,7 +24,8 @@ def partial_rewards(trainer, ids: torch.Tensor, mask: torch.Tensor, step: int) -
     Returns:
         Two tensors (B, K): the rewards, and the last token of each prefix. NaN where the completion has no reward.
     """
-    accelerator, (rows, completions) = trainer.accelerator, trainer._kl_alliteration_seam.batch.rewarded
+    trainer, (rows, completions) = seam.trainer, seam.batch.rewarded
+    accelerator = trainer.accelerator
     lengths, points = mask.sum(1), torch.arange(step, ids.shape[1] + step, step, device=ids.device)  # (B,), (K,)
     b, k = (points < lengths.unsqueeze(1)).nonzero(as_tuple=True)  # the M prefixes that are not whole
     # Every process has to ask for as many: what is missing are copies of the first completion.
@@ -34,7 +35,7 @@ def partial_rewards(trainer, ids: torch.Tensor, mask: torch.Tensor, step: int) -
     parts = [tokens[row][: stops[place]] for row, place in zip(b.tolist(), k.tolist(), strict=True)]
     parts += [tokens[0]] * missing
     start = accelerator.process_index * len(ids)
-    whole = trainer._kl_alliteration_seam.batch.rewards[start : start + len(ids)]  # (B, functions)
+    whole = seam.batch.rewards[start : start + len(ids)]  # (B, functions)
     found = whole.unsqueeze(1).repeat(1, len(points), 1)  # (B, K, functions)
     asked = [place for place, function in enumerate(trainer.reward_funcs) if scores_prefixes(function)]
     if parts:

@@ -16,7 +16,7 @@ from rich.text import Text
 from transformers import ProgressCallback
 from trl import ModelConfig
 
-from .._trl import leave_baseline_out, seam_of
+from .._trl import leave_baseline_out, scores_prefixes, seam_of
 from ..adapters import REFERENCE, check_trains, name_base, save_stacked
 from ..control import KLControlCallback
 from ..credit import use_reward_to_go
@@ -226,6 +226,8 @@ def penalty_in_words(trainer, args: StoryArguments) -> str:
         words += ", beside rewards over their spread"
     if args.kl_controller != "fixed":
         words += f", moved by `{args.kl_controller}` to hold {args.target_kl_per_token:g} nats per token"
+    if args.reward_discount is not None and any(map(scores_prefixes, trainer.reward_funcs)):
+        words += f"; reward by token, discount {args.reward_discount:g}"
     return words
 
 
