@@ -6,7 +6,8 @@ import os
 import pytest
 import yaml
 from programs import ROOT, fork_ranks, run
-from test_recipes import SMALL, lines, refusal
+from test_recipe_refusals import refusal
+from test_recipes import SMALL, lines
 
 from kl_alliteration.lab.judging import judge_run
 
