@@ -16,7 +16,7 @@ PAGES = {
     "kl_alliteration/story_lm/model/README.md": "card.md",
 } | {f"tutorials/{path.name}": f"tutorial_{path.stem}.md" for path in (ROOT / "tutorials").glob("*.ipynb")}
 MODULES = (
-    "penalty", "monitor", "health", "control", "target", "guard", "references", "plots", "yardsticks", "kl",
+    "penalty", "monitor", "health", "control", "target", "credit", "guard", "references", "plots", "yardsticks", "kl",
     "evaluation", "rewards", "rewards.reward_model", "adapters", "shared_prompts", "sampling", "text", "story_lm",
 )  # fmt: skip
 

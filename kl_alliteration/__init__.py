@@ -2,7 +2,7 @@
 
 from .adapters import default_lora_config, load_adapter
 from .control import KLControlCallback
-from .credit import use_reward_to_go
+from .credit import use_kl_to_go, use_reward_to_go
 from .evaluation import Judgement, judge
 from .guard import CollapseGuardCallback, CollapseLimits
 from .health import KLHealthCallback
@@ -38,6 +38,7 @@ __all__ = [
     "score_as_sampled",
     "share_prompts",
     "use_fast_sampling",
+    "use_kl_to_go",
     "use_reward_to_go",
     "use_sampler_correction",
 ]

@@ -1,4 +1,4 @@
-"""Credit by token: a token's advantage is what its completion earned from there on, not all that it earned."""
+"""Credit by token: what a completion earns, and what it is charged, from a token on is that token's, not all of it."""
 
 import warnings
 from functools import partial
@@ -7,6 +7,7 @@ import torch
 
 from . import kl
 from ._trl import partial_rewards, scores_prefixes, seam_of
+from .penalty import KLPenalty
 
 # Options of TRL's by which a completion has one advantage, and what they have to be where its tokens have their own.
 TAKES = {
@@ -34,15 +35,51 @@ def less_the_mean(values: torch.Tensor, group: int, leave_one_out: bool) -> torc
     return (grouped - mean).reshape(values.shape).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
+def charged_with_others_futures(
+    penalty: KLPenalty, per_token_kl: torch.Tensor, mask: torch.Tensor, group: int
+) -> torch.Tensor:
+    """What a completion would pay that is its own up to a token, and another's of its group from there on.
+
+    (N, T) nats and counted tokens, groups of `group` = G neighbouring rows -> (N / G, G, G, T): row i up to token t,
+    row j after it. The exact KL at t is known before t is sampled, and counts as the past; any other as the future.
+    """
+
+    def spliced(values: torch.Tensor, known: bool) -> torch.Tensor:
+        values = values.view(-1, group, values.shape[1])
+        past = values.cumsum(-1) - (0 if known else values)
+        return past.unsqueeze(2) + (values.sum(-1, keepdim=True) - past).unsqueeze(1)
+
+    spent, opening, length = penalty.parts(per_token_kl, mask)
+    known = penalty.estimator == "exact"
+    return penalty.of_sums(spliced(spent, known), spliced(opening, known), spliced(length, True))
+
+
+def of_all(trainer, values: torch.Tensor) -> torch.Tensor:
+    """(B, T) of this process -> (N, T of the longest) of all, in their order."""
+    accelerator = trainer.accelerator
+    return accelerator.gather(accelerator.pad_across_processes(values, dim=1))
+
+
+def own_rows(trainer, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's (B, T), as `like` is, of what [`of_all`] has."""
+    start = trainer.accelerator.process_index * len(like)
+    return values[start : start + len(like), : like.shape[1]]
+
+
+def check_credit_by_token(args, option: str) -> None:
+    """`ValueError` for options of a trainer's `args`, RLOO's or GRPO's, by which a completion has one advantage."""
+    for name, takes in TAKES.items():
+        if (value := getattr(args, name, takes)) != takes:
+            raise ValueError(f"{name} {value!r} has one advantage for a text: with {option} it is {takes!r}")
+
+
 def check_reward_to_go(args, discount: float, every_tokens: int = 1) -> None:
     """`ValueError` for what [`use_reward_to_go`] cannot do with a trainer's `args`, RLOO's or GRPO's."""
     if not 0 <= discount <= 1:
         raise ValueError(f"reward_discount must be from 0 to 1, got {discount}; none credits whole texts")
     if every_tokens < 1:
         raise ValueError(f"reward_prefix_tokens must be >= 1, got {every_tokens}")
-    for name, takes in TAKES.items():
-        if (value := getattr(args, name, takes)) != takes:
-            raise ValueError(f"{name} {value!r} has one advantage for a text: with a reward_discount it is {takes!r}")
+    check_credit_by_token(args, "a reward_discount")
 
 
 def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> None:
@@ -91,15 +128,60 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> N
         rewards, ends = partial_rewards(seam, ids, mask, every_tokens)  # (B, K), (B, K)
         first = torch.zeros_like(rewards[:, :1])
         added = torch.zeros(ids.shape, device=ids.device).scatter_add_(1, ends, rewards.diff(dim=1, prepend=first))
-        length = int(gather(torch.tensor([ids.shape[1]], device=ids.device)).max())
-        added = torch.nn.functional.pad(added, (0, length - ids.shape[1]))
-        here = slice(trainer.accelerator.process_index * len(ids), (trainer.accelerator.process_index + 1) * len(ids))
-        everywhere, of_texts = gather(added), gather(output["advantages"]).pow(2).mean().item() ** 0.5
+        added, of_texts = of_all(trainer, added), gather(output["advantages"]).pow(2).mean().item() ** 0.5
         centred = partial(less_the_mean, group=trainer.num_generations, leave_one_out=seam.LEAVES_ONE_OUT)
-        by_token = centred(to_go(everywhere, discount))[here, : ids.shape[1]]
-        by_text = centred(everywhere.sum(1))[here]
-        advantages = seam.credit_tokens(output, (by_token - by_text.unsqueeze(1)) * mask)
+        by_token = centred(to_go(added, discount)) - centred(added.sum(1)).unsqueeze(1)
+        advantages = seam.credit_tokens(output, own_rows(trainer, by_token, mask) * mask)
         spread = seam.mean_per_token(advantages**2, mask) ** 0.5
         seam.metrics["reward_to_go/spread"].append(spread / of_texts if of_texts else 1.0)
+
+    seam.changes.append(credit)
+
+
+def use_kl_to_go(trainer) -> None:
+    """Let a stock trainer charge each token the KL that its completion spends from there on.
+
+    A penalty in the reward charges every token the whole completion's, so that it pays for what stood before it:
+    noise, which is largest where the penalty matters. Here each token has a baseline of its own: what its completion
+    would have paid with its own past and the futures of the others in its group, RLOO's without itself. That depends
+    on nothing which the token decides, so on average the gradient is the same (a baseline of the state; Williams
+    1992), for any [`KLPenalty`], budgets and openings too. Where the penalty is linear in the nats, what is left is
+    the KL from the token on. Proven by enumeration in `tests/test_kl_to_go.py`. A penalty that is in the loss alone
+    stays as it is.
+
+    Any reward will do; [`use_reward_to_go`] does it for rewards. Logs `kl_to_go/spread`, the spread of what tokens are
+    charged over that of what completions are, each less its baseline.
+
+    Args:
+        trainer ([`~trl.RLOOTrainer`] or [`~trl.GRPOTrainer`]): The trainer, stock.
+
+    Raises:
+        `ValueError`: for options by which a completion has one advantage, as [`use_reward_to_go`].
+    """
+    check_credit_by_token(trainer.args, "kl_to_go")
+    seam = seam_of(trainer)
+
+    def credit(output: dict) -> None:
+        penalty, rollout = seam.penalty or KLPenalty(*seam.OWN), seam.batch.rollout
+        if not trainer.model.training or seam.beta == 0 or rollout is None or not penalty.in_reward:
+            return
+        group, mask = trainer.num_generations, rollout.completion_mask
+        nats = rollout.per_token_kl(penalty.estimator, penalty.direction, penalty.top_k)
+        charged = charged_with_others_futures(penalty, of_all(trainer, nats), of_all(trainer, mask), group)
+        own = charged.diagonal(dim1=1, dim2=2)[:, 0]  # (N / G, G), with its own future
+        counted = ~seam.batch.rewards.to(own.device).isnan().all(1).view(-1, group)
+        others = counted.unsqueeze(1).expand(-1, group, -1).to(own)  # (N / G, G, G), 1 where j is one of them
+        if seam.LEAVES_ONE_OUT:
+            others = others * (1 - torch.eye(group).to(own))
+        others = others / others.sum(-1, keepdim=True).clamp(min=1)
+        by_token = torch.einsum("nij,nijt->nit", others, charged)
+        by_text = torch.einsum("nij,nj->ni", others, own).unsqueeze(-1)
+        by_token, by_text, own = (
+            own_rows(trainer, (each * counted.unsqueeze(-1)).flatten(0, 1), mask)
+            for each in (by_token, by_text, own.unsqueeze(-1))
+        )
+        seam.credit_tokens(output, seam.beta * (by_token - by_text) * mask)
+        of_tokens, of_texts = (seam.mean_per_token((own - each) ** 2, mask) for each in (by_token, by_text))
+        seam.metrics["kl_to_go/spread"].append((of_tokens / of_texts) ** 0.5 if of_texts else 1.0)
 
     seam.changes.append(credit)

@@ -269,13 +269,13 @@ def reduce_per_sequence(per_token_kl: torch.Tensor, completion_mask: torch.Tenso
 
 
 def over_budget(
-    reduced_kl: torch.Tensor, completion_mask: torch.Tensor, reduction: str, budget_per_token: float
+    reduced_kl: torch.Tensor, length: torch.Tensor, reduction: str, budget_per_token: float
 ) -> torch.Tensor:
     """The part of each completion's KL beyond its budget, (B,) -> (B,), in the reduction's unit; 0 within the budget.
 
-    The budget is `budget_per_token` nats times the completion's counted tokens, whether the KL is summed or averaged.
+    The budget is `budget_per_token` nats times `length`, (B,) counted tokens, whether the KL is summed or averaged.
     """
-    budget = budget_per_token * (completion_mask.sum(-1).to(reduced_kl.dtype) if reduction == "sum" else 1)
+    budget = budget_per_token * (length.to(reduced_kl.dtype) if reduction == "sum" else 1)
     return (reduced_kl - budget).clamp(min=0)
 
 

@@ -178,14 +178,22 @@ class KLPenalty:
         """What beta multiplies, one number a completion: (B,)."""
         per_token_kl = rollout.per_token_kl(self.estimator, self.direction, self.top_k)  # (B, T)
         mask = rollout.completion_mask
-        penalty = kl.reduce_per_sequence(per_token_kl, mask, self.reduction)  # (B,)
+        return self.of_sums(*(values.sum(-1) for values in self.parts(per_token_kl, mask)))
+
+    def parts(self, per_token_kl: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What [`of_sums`] takes the sums of, (B, T) each: the counted tokens' KL, the opening's, and the mask."""
+        per_token_kl = per_token_kl * mask
+        return per_token_kl, per_token_kl * (mask.cumsum(-1) <= self.opening_tokens), mask
+
+    def of_sums(self, spent: torch.Tensor, opening: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        """What beta multiplies, of completions' KL, their opening's, and their counted tokens; any one shape."""
+        if self.reduction == "mean":
+            spent, opening = spent / length.clamp(min=1), opening / length.clamp(min=1)
+        penalty = spent
         if self.budget_per_token is not None:
-            beyond = kl.over_budget(penalty, mask, self.reduction, self.budget_per_token)
-            penalty = self.within_budget * penalty + (1 - self.within_budget) * beyond
-        if self.opening_tokens:
-            opening = per_token_kl * (mask.cumsum(-1) <= self.opening_tokens)
-            penalty = penalty + self.opening_price * kl.reduce_per_sequence(opening, mask, self.reduction)
-        return penalty
+            beyond = kl.over_budget(spent, length, self.reduction, self.budget_per_token)
+            penalty = self.within_budget * spent + (1 - self.within_budget) * beyond
+        return penalty + self.opening_price * opening if self.opening_tokens else penalty
 
     def in_words(self, beta: float | None = None) -> str:
         """For titles, cards and logs: `exact in the reward and loss, beta 1 per nat of the sequence beyond ...`."""

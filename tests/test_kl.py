@@ -56,10 +56,10 @@ def test_a_wrong_reduction_names_field_value_and_choices():
 
 
 def test_what_is_over_budget_by_hand():
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]])
+    length = torch.tensor([2, 3, 0])
     # 0.5 nats a token: 1.0, 1.5 and 0 nats for the sequences
-    assert kl.over_budget(torch.tensor([3.0, 1.0, 0.0]), mask, "sum", 0.5).tolist() == [2.0, 0.0, 0.0]
-    assert kl.over_budget(torch.tensor([0.75, 0.25, 0.0]), mask, "mean", 0.5).tolist() == [0.25, 0.0, 0.0]
+    assert kl.over_budget(torch.tensor([3.0, 1.0, 0.0]), length, "sum", 0.5).tolist() == [2.0, 0.0, 0.0]
+    assert kl.over_budget(torch.tensor([0.75, 0.25, 0.0]), length, "mean", 0.5).tolist() == [0.25, 0.0, 0.0]
 
 
 def test_the_study_s_unit_by_hand():

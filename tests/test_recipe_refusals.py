@@ -46,7 +46,19 @@ def refusal(*options, cwd: Path, recipe: str = RECIPE) -> str:
             ["--reward_discount", "1", "--normalize_advantages"],
             "normalize_advantages True has one advantage for a text",
         ),
-        (["--reward_discount", "1", "--baseline", "none"], "baseline 'none' goes with --reward_discount none"),
+        (["--reward_discount", "1", "--baseline", "none"], "baseline 'none' goes with --reward_discount none and"),
+        (
+            ["--kl_to_go", "--reward_discount", "none", "--baseline", "none"],
+            "and --kl_to_go false: by token",
+        ),
+        (
+            ["--kl_to_go", "--kl_placement", "loss"],
+            "kl_to_go is for a penalty in the reward, and kl_placement is 'loss'",
+        ),
+        (
+            ["--kl_to_go", "--reward_discount", "none", "--normalize_advantages"],
+            "normalize_advantages True has one advantage for a text: with kl_to_go it is False",
+        ),
         (["--beta_unit", "week"], "beta_unit must be one of sequence, study, got 'week'"),
         (["--kl_controller", "pid"], "kl_controller must be one of fixed, step, ppo, ziegler, pi, got 'pid'"),
         (["--kl_controller", "pi"], "target_kl_per_token must be > 0 with kl_controller 'pi', got None"),

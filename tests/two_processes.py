@@ -28,6 +28,7 @@ from kl_alliteration import (
     KLPenaltyCallback,
     kl,
     share_prompts,
+    use_kl_to_go,
     use_reward_to_go,
 )
 from kl_alliteration.control import LogPIRule
@@ -175,8 +176,44 @@ def reward_by_token(folder: str) -> bool:
     return all(sum(gather_object([seen]), []))
 
 
+def kl_by_token(folder: str) -> bool:
+    """The same group, charged by token beyond a budget: a text's own past with each other text's future."""
+    trainer = make(folder, False, 1, num_generations=8, max_completion_length=24)
+    KLPenaltyCallback(trainer, KLPenalty("k1", "reward", budget_per_token=1e-4))
+    use_kl_to_go(trainer)
+    seam, seen, generate = trainer._kl_alliteration_seam, [], trainer._generate_and_score_completions
+
+    def spy(inputs):
+        output = generate(inputs)
+        mask = output["completion_mask"]
+        here = [
+            row[:n] for row, n in zip(seam.batch.rollout.ref_log_ratio.tolist(), mask.sum(1).tolist(), strict=True)
+        ]
+        texts = gather_object(here)
+
+        def pays(row: list[float]) -> float:
+            return max(0.0, sum(row) - 1e-4 * len(row))
+
+        near = []
+        for i, row in enumerate(here):
+            others = [texts[n] for n in range(8) if n != 4 * trainer.accelerator.process_index + i]
+            whole = sum(map(pays, others)) / 7
+            for t in range(len(row)):
+                # A text that is over has nothing to add, and the token at t is there all the same.
+                futures = [row[:t] + (other[t:] or [0.0]) for other in others]
+                expected = trainer.beta * (sum(map(pays, futures)) / 7 - whole)
+                near.append(abs(output["kl_credit"][i, t].item() - expected) < 1e-5)
+        seen.append((all(near) and len(set(map(len, texts))) > 1, output["kl_credit"].abs().max().item()))
+        return output
+
+    trainer._generate_and_score_completions = spy
+    trainer.train()
+    seen = sum(gather_object([seen]), [])
+    return all(near for near, _ in seen) and max(largest for _, largest in seen) > 1e-4
+
+
 def main(folder: str) -> None:
-    found = {"grpo": grpo_with_a_penalty(folder), "by_token": reward_by_token(folder)}
+    found = {"grpo": grpo_with_a_penalty(folder), "by_token": reward_by_token(folder), "kl": kl_by_token(folder)}
     trainer, seen = controlled(folder, per_device=8)
     ranks = gather_object([seen.steps])
     found["sharded"] = sharded_exact_kl(folder)

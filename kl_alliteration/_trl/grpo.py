@@ -173,7 +173,7 @@ class GRPOSeam(PenaltySeam):
     def credit_tokens(self, output: dict, credit: torch.Tensor) -> torch.Tensor:
         """Advantages of tokens, (B, T), which TRL's loss takes as well: the completion's and what stands on top."""
         scale = scale_of_batch(self.trainer, self.batch, len(credit))
-        output["advantages"] = output["advantages"].unsqueeze(1) + scale.unsqueeze(1) * credit
+        output["advantages"] = output["advantages"].view(len(credit), -1) + scale.unsqueeze(1) * credit
         return output["advantages"]
 
     def compute_loss(self, model, inputs):

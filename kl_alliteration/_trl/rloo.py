@@ -115,8 +115,8 @@ class RLOOSeam(PenaltySeam):
 
     def credit_tokens(self, output: dict, credit: torch.Tensor) -> torch.Tensor:
         """Give tokens what (B, T) says on top of their completion's advantage; returns theirs in all, (B, T)."""
-        output["kl_credit"] = credit
-        return output["advantages"].unsqueeze(1) + credit
+        output["kl_credit"] = output.get("kl_credit", 0.0) + credit
+        return output["advantages"].unsqueeze(1) + output["kl_credit"]
 
     def token_weights(self, inputs, logps: torch.Tensor) -> torch.Tensor | None:
         """(B, T), what each token's gradient in TRL's loss is multiplied with; `None` where that is 1."""

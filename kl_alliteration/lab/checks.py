@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import kl
 from ..adapters import check_targets
-from ..credit import check_reward_to_go
+from ..credit import check_credit_by_token, check_reward_to_go
 from .frontier import read_base_rewards
 from .gguf import SMOLLM2_FOLDER, is_gguf
 from .hub import check_hub
@@ -66,8 +66,18 @@ def check_penalty_options(args: OnlineArguments, training_args) -> None:
         raise ValueError("baseline 'none' has no advantages to normalize: leave normalize_advantages out")
     if args.reward_discount is not None:
         check_reward_to_go(training_args, args.reward_discount, args.reward_prefix_tokens)
-        if args.baseline == "none":
-            raise ValueError("baseline 'none' goes with --reward_discount none, which compares tokens within a group")
+    if args.kl_to_go:
+        check_credit_by_token(training_args, "kl_to_go")
+        if not args.penalty.in_reward:
+            raise ValueError(
+                f"kl_to_go is for a penalty in the reward, and kl_placement is {args.penalty.placement!r}: take "
+                "'both', or leave kl_to_go out"
+            )
+    if args.baseline == "none" and (args.kl_to_go or args.reward_discount is not None):
+        raise ValueError(
+            "baseline 'none' goes with --reward_discount none and --kl_to_go false: by token, texts are compared "
+            "within a group"
+        )
 
 
 def check_online_options(args: OnlineArguments, training_args) -> None:

@@ -207,6 +207,13 @@ class OnlineArguments(StoryArguments):
     reward_prefix_tokens: int = field(
         default=1, metadata={"help": "With reward_discount: tokens from one prefix that is rewarded to the next."}
     )
+    kl_to_go: bool = field(
+        default=False,
+        metadata={
+            "help": "Charge each token the KL that its completion spends from there on, in place of all of it: the "
+            "same objective with less noise, for a penalty in the reward."
+        },
+    )
     sampler_correction: str = field(
         default="none",
         metadata={

@@ -19,7 +19,7 @@ from trl import ModelConfig
 from .._trl import leave_baseline_out, scores_prefixes, seam_of
 from ..adapters import REFERENCE, check_trains, name_base, save_stacked
 from ..control import KLControlCallback
-from ..credit import use_reward_to_go
+from ..credit import use_kl_to_go, use_reward_to_go
 from ..evaluation import Judgement, tokenize_prompts
 from ..guard import CollapseGuardCallback
 from ..health import KLHealthCallback
@@ -91,6 +91,8 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
         leave_baseline_out(seam_of(trainer))
     if args.reward_discount is not None:
         use_reward_to_go(trainer, args.reward_discount, args.reward_prefix_tokens)
+    if args.kl_to_go:
+        use_kl_to_go(trainer)
     exact = args.penalty.estimator == "exact"
     controlled = args.penalty.estimator if args.penalty.full_vocabulary else "k1"
     if args.share_prompts:
@@ -228,7 +230,7 @@ def penalty_in_words(trainer, args: StoryArguments) -> str:
         words += f", moved by `{args.kl_controller}` to hold {args.target_kl_per_token:g} nats per token"
     if args.reward_discount is not None and any(map(scores_prefixes, trainer.reward_funcs)):
         words += f"; reward by token, discount {args.reward_discount:g}"
-    return words
+    return words + ("; KL by token" if args.kl_to_go else "")
 
 
 def push_run(trainer, args: StoryArguments, before: Judgement, after: Judgement) -> bool:

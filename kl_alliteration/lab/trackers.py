@@ -12,6 +12,7 @@ LAYOUT = {
         "spread of the rewards (standard deviation)": ("reward_std",),
         "groups whose rewards do not differ (share)": ("frac_reward_zero_std",),
         "spread of the tokens' advantages over the completions' (1 = the same)": ("reward_to_go/spread",),
+        "the same of what they are charged (1 = the same)": ("kl_to_go/spread",),
         "pairs that are ranked right (share)": ("rewards/accuracies",),
     },
     "2 KL to the reference": {
