@@ -152,6 +152,15 @@ def test_it_trains_and_is_less_noise(tiny_model, tmp_path):
     assert all(0 < each < 1 for found in spreads.values() for each in found[1:]) and len(spreads["k1"]) > 2
 
 
+def test_what_is_not_counted_pays_nothing(enumerated):  # noqa: F811
+    trainer = enumerated(ENDING)
+    use_kl_to_go(trainer)
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([{"prompt": "b c"}] * len(ENDING))
+    assert batch["completion_mask"][0].tolist() == [1, 0] and batch["kl_credit"][0, 1] == 0
+    assert (batch["kl_credit"][1:, 1] != 0).all()
+
+
 @pytest.mark.parametrize("penalty", [("exact", "loss"), ("k2", "loss")], ids="-".join)
 def test_a_penalty_of_the_loss_is_left_alone(enumerated, penalty):  # noqa: F811
     trainer = enumerated()
