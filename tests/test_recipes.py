@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from programs import ROOT, fork, run, run_process
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -213,6 +214,9 @@ def test_a_target_takes_the_place_of_a_file_s_budget_and_beta(tmp_path, tiny_mod
     first = lines(tmp_path / "out/metrics.jsonl")[0]
     assert first["kl/target_use"] == pytest.approx(first["kl/exact_per_sequence"] / 0.5, rel=1e-4)
     assert first["kl/beta"] == pytest.approx(200 * first["kl/price"], rel=1e-4)  # 4 of what 0.02 is charged of
+    assert first["reward_to_go/spread"] > 0 and first["kl_to_go/spread"] > 0
+    made = yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())
+    assert made["reward_discount"] == 1 and made["kl_to_go"] is True and "kl_opening_tokens" not in made
 
 
 def test_plots_are_counted_by_skeletons_and_by_clusters(tmp_path, tiny_model, monkeypatch, capsys):

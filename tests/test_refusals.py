@@ -127,6 +127,27 @@ def test_a_place_of_logs_that_is_not_installed(monkeypatch):
     parsed("--report_to", "none")
 
 
+@pytest.mark.parametrize(
+    ("kind", "words", "expected"),
+    [
+        ("rloo", (), (1.0, True)),
+        ("grpo", ("--kl_estimator", "exact", "--kl_placement", "both"), (1.0, True)),
+        ("rloo", ("--kl_to_go", "false", "--reward_discount", "0.5"), (0.5, False)),
+        ("rloo", ("--kl_to_go", "false"), (1.0, False)),
+        # What has one advantage for a text has it with a target too.
+        ("rloo", ("--reward_discount", "none", "--baseline", "none"), (None, False)),
+        ("rloo", ("--reward_discount", "none", "--normalize_advantages"), (None, False)),
+        ("rloo", ("--kl_placement", "loss"), (0.8, False)),
+        ("grpo", (), (None, False)),  # its YAML has k3 in the loss
+        ("grpo", ("--kl_placement", "reward", "--importance_sampling_level", "sequence"), (None, False)),
+    ],
+)
+def test_a_target_is_credited_by_token(kind, words, expected):
+    args = parsed("--target_kl_per_sequence", "6", *words, kind=kind)[0]
+    assert (args.reward_discount, args.kl_to_go) == expected
+    assert args.kl_budget_per_token is None and args.kl_opening_tokens == 0
+
+
 def test_a_hub_id_is_no_mistyped_folder(tmp_path):
     check_model_path("model_name_or_path", "roneneldan/TinyStories-33M")
     (tmp_path / "runs/tall_tree").mkdir(parents=True)

@@ -21,6 +21,7 @@ from trl import TrlParser
 
 from .. import kl
 from ..adapters import base_of
+from ..credit import TAKES
 from ..story_lm import MODEL_PATH
 from . import secrets
 from .checks import check_model_path
@@ -37,6 +38,8 @@ RENAMED = OLD_NAMES if HAS_NEW_NAMES else {new: old for old, new in OLD_NAMES.it
 
 # What a target on the command line sets or stands in place of, and what it is then: a file's do not count.
 SET_BY_TARGET = {"kl_budget_per_token": None, "kl_within_budget": 0.0, "kl_opening_tokens": 0, "kl_opening_price": 0.0}
+# And how its reward and KL are credited, where nothing wants one advantage of a text: the same objective, less noise.
+BY_TOKEN = {"reward_discount": 1.0, "kl_to_go": True}
 
 
 class RecipeParser(TrlParser):
@@ -125,9 +128,11 @@ class RecipeParser(TrlParser):
             self.namespace.adapter_learning_rate = None
         target = getattr(self.namespace, "target_kl_per_sequence", None)
         if target is not None and "--target_kl_per_sequence" in self.words:
-            for name, without in SET_BY_TARGET.items():
+            of_texts = self.namespace.baseline == "none" or self.namespace.kl_placement == "loss"
+            of_texts = of_texts or any(getattr(self.namespace, name, takes) != takes for name, takes in TAKES.items())
+            for name, value in (SET_BY_TARGET | ({} if of_texts else BY_TOKEN)).items():
                 if f"--{name}" not in self.words:
-                    setattr(self.namespace, name, without)
+                    setattr(self.namespace, name, value)
         named = str(getattr(self.namespace.lr_scheduler_type, "value", self.namespace.lr_scheduler_type))
         typed = "--lr_scheduler_type" in self.words and "--lr_scheduler_kwargs" not in self.words
         if typed and named != self.scheduler:
