@@ -26,6 +26,7 @@ from kl_alliteration import (
     default_lora_config,
     share_prompts,
     use_fast_sampling,
+    use_kl_to_go,
     use_reward_to_go,
 )
 from kl_alliteration.story_lm import MODEL_PATH
@@ -41,7 +42,8 @@ VARIANTS = {
     "exact in both": KLPenalty("exact", "both"),
     "top_k in both": KLPenalty("top_k", "both"),
     "stock, monitored": "monitored",
-    "stock, reward by token": "by token",
+    "stock, reward by token": use_reward_to_go,
+    "stock, KL by token": use_kl_to_go,
 }
 GRPO = {
     "stock": None,
@@ -64,13 +66,13 @@ class StepTimes(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def train(variant: KLPenalty | str | None, steps: int, grpo: bool, model: str, lora: bool) -> list[float]:
+def train(variant, steps: int, grpo: bool, model: str, lora: bool) -> list[float]:
     adapter = default_lora_config() if lora else None
     trainer = make_trainer(model, adapter, grpo=grpo, beta=0.25, max_steps=steps + 1)
     if variant == "monitored":
         trainer.add_callback(KLMonitorCallback(trainer))
-    elif variant == "by token":
-        use_reward_to_go(trainer)
+    elif variant in (use_reward_to_go, use_kl_to_go):
+        variant(trainer)
     elif variant:
         KLPenaltyCallback(trainer, variant)
     if grpo and variant:
