@@ -141,7 +141,8 @@ class KLTargetCallback(TrainerCallback):
     it costs four times that reading, more where a policy runs away; it holds where the samples are blind. The
     wall is a budget per token that follows the mean length of the completions, so that the target is one of the
     sequence. It charges each text by itself, which would hold the mean below the target where texts differ: so while
-    texts lean on it, it moves out, to one and a half targets at most, until the mean is at the target. Sets
+    texts lean on it, or the full price holds them, it moves out, to one and a half targets at most, until the mean is
+    at the target. Sets
     `trainer.beta` and takes the place of [`KLPenaltyCallback`]. Logs `kl/price`, reward per nat within the wall,
     `kl/target_use`, KL over target, and `kl/wall`, where the wall stands over the target. Its state is in every
     checkpoint.
@@ -225,7 +226,9 @@ class KLTargetCallback(TrainerCallback):
             self.length = length if self.length is None else SMOOTHING * self.length + (1 - SMOOTHING) * length
             move = WALL_RATE * (1 - spent / self.price.target_kl_per_sequence)
             self.wall *= math.exp(max(-WALL_IN, min(WALL_OUT, move)))
-            self.wall = max(1.0, min(self.wall, WALL_AT_MOST, most))
+            # Where the full price is paid the price holds the mean, and texts may differ as its optimum has them.
+            leaning = most if self.rule.value < self.rule.full else WALL_AT_MOST
+            self.wall = max(1.0, min(self.wall, WALL_AT_MOST, leaning))
             self.rule.update(spent)
             self._apply()
             self.seen = None

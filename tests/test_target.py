@@ -112,6 +112,14 @@ def test_where_the_wall_goes_by_hand(make_trainer, wall, spent, most, moved):
     assert seam_of(trainer).penalty.budget_per_token == pytest.approx(moved * 0.5 / 4)
 
 
+def test_behind_the_full_price_the_wall_goes_out_before_texts_lean_on_it(make_trainer):
+    trainer = make_trainer()
+    callback = KLTargetCallback(trainer, 0.5, COIN)
+    callback.rule.value, callback.wall, callback.seen = callback.rule.full, 1.2, (0.5 * 0.95, 4.0, 1.1)
+    callback.on_step_end(None, trainer.state, None)
+    assert callback.wall == pytest.approx(1.2 * math.exp(0.2 * 0.05))
+
+
 def test_it_holds_what_runs_away_without(make_trainer):
     """A hundred times the rate at which a model learns: 40 steps go 5 targets far, and stay near one with it."""
 
