@@ -124,16 +124,18 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> N
     def credit(output: dict) -> None:
         if not trainer.model.training:
             return
-        ids, mask, gather = output["completion_ids"], output["completion_mask"], trainer.accelerator.gather
+        ids, mask = output["completion_ids"], output["completion_mask"]
         rewards, ends = partial_rewards(seam, ids, mask, every_tokens)  # (B, K), (B, K)
         first = torch.zeros_like(rewards[:, :1])
         added = torch.zeros(ids.shape, device=ids.device).scatter_add_(1, ends, rewards.diff(dim=1, prepend=first))
-        added, of_texts = of_all(trainer, added), gather(output["advantages"]).pow(2).mean().item() ** 0.5
+        added = of_all(trainer, added)
+        of_texts = seam.mean_per_token(output["advantages"].view(len(ids), -1) ** 2, mask)
         centred = partial(less_the_mean, group=trainer.num_generations, leave_one_out=seam.LEAVES_ONE_OUT)
         by_token = centred(to_go(added, discount)) - centred(added.sum(1)).unsqueeze(1)
-        advantages = seam.credit_tokens(output, own_rows(trainer, by_token, mask) * mask)
-        spread = seam.mean_per_token(advantages**2, mask) ** 0.5
-        seam.metrics["reward_to_go/spread"].append(spread / of_texts if of_texts else 1.0)
+        of_tokens = seam.mean_per_token(
+            seam.credit_tokens(output, own_rows(trainer, by_token, mask) * mask) ** 2, mask
+        )
+        seam.metrics["reward_to_go/spread"].append((of_tokens / of_texts) ** 0.5 if of_texts else 1.0)
 
     seam.changes.append(credit)
 

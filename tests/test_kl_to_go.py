@@ -55,7 +55,7 @@ def test_gradient_of_grpo(grpo_enumerated, loss_type, name):  # noqa: F811
         trainer = rewarded(grpo_enumerated(loss_type=loss_type), FIXED)
         KLPenaltyCallback(trainer, PENALTIES[name])
         if to_go:
-            use_kl_to_go(trainer)
+            use_kl_to_go(trainer)  # in either order
         use_reward_to_go(trainer, 0.6)
         found.append(grpo_gradient(trainer))
     torch.testing.assert_close(*found, atol=1e-6, rtol=0)
