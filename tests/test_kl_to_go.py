@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from enumeration import ENDING, FIXED, Tables, move, reverse_kl
+from enumeration import ENDING, FIXED, Tables, flat, move, parameters, reverse_kl
 from test_contract import BETA, enumerated  # noqa: F401  (a fixture)
 from test_grpo_penalty import FACTOR
 from test_grpo_penalty import enumerated as grpo_enumerated  # noqa: F401  (a fixture)
@@ -16,7 +16,7 @@ from kl_alliteration import KLPenalty, KLPenaltyCallback, use_kl_to_go, use_rewa
 from kl_alliteration._trl import seam_of
 from kl_alliteration.credit import charged_with_others_futures
 
-PENALTIES = {
+PENALTIES = {  # budgets that about half of the texts are beyond
     "k1": KLPenalty("k1", "reward"),
     "k2": KLPenalty("k2", "loss"),
     "k3": KLPenalty("k3", "both"),
@@ -24,9 +24,9 @@ PENALTIES = {
     "mean": KLPenalty("exact", "both", "mean"),
     "forward": KLPenalty("exact", "both", direction="forward"),
     "top_k": KLPenalty("top_k", "both", top_k=2),
-    "budget": KLPenalty("exact", "both", budget_per_token=0.03),
-    "budget_of_k1": KLPenalty("k1", "reward", budget_per_token=0.03, within_budget=0.25),
-    "opening": KLPenalty("exact", "both", budget_per_token=0.05, opening_tokens=1, opening_price=2.0),
+    "budget": KLPenalty("exact", "both", budget_per_token=1.5),
+    "budget_of_k1": KLPenalty("k1", "reward", budget_per_token=0.3, within_budget=0.25),
+    "opening": KLPenalty("exact", "both", budget_per_token=1.6, opening_tokens=1, opening_price=2.0),
     "opening_mean": KLPenalty("k1", "reward", "mean", opening_tokens=1, opening_price=2.0),
 }
 
@@ -187,3 +187,26 @@ def test_refusals(enumerated, grpo_enumerated):  # noqa: F811
     ]:
         with pytest.raises(ValueError, match=words):
             use_kl_to_go(trainer)
+
+
+@pytest.mark.parametrize("name", ["k1", "exact", "budget", "opening"])
+def test_it_is_less_noise(enumerated, name):  # noqa: F811
+    """The variance of one completion's gradient, over all there are; printed for docs/kl.md."""
+    found = []
+    for to_go in (False, True):
+        trainer = enumerated()
+        KLPenaltyCallback(trainer, PENALTIES[name])
+        if to_go:
+            use_kl_to_go(trainer)
+        trainer.model.train()
+        batch = trainer._generate_and_score_completions([{"prompt": "b c"}] * len(FIXED))
+        shares = batch["old_logps"].exp()  # how likely each is
+        gradients = []
+        for i in range(len(FIXED)):
+            loss = trainer._compute_loss(trainer.model, {key: value[i : i + 1] for key, value in batch.items()})
+            gradients.append(flat(torch.autograd.grad(loss, parameters(trainer))))
+        gradients = torch.stack(gradients)
+        mean = (shares[:, None] * gradients).sum(0)
+        found.append((shares * (gradients - mean).square().sum(1)).sum().item())
+    print(f"{name}: {found[0]:.3g} -> {found[1]:.3g}, {found[1] / found[0]:.2f}")
+    assert found[1] < found[0]
