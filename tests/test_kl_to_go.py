@@ -18,7 +18,8 @@ from kl_alliteration.credit import charged_with_others_futures
 
 PENALTIES = {  # budgets that about half of the texts are beyond
     "k1": KLPenalty("k1", "reward"),
-    "k2": KLPenalty("k2", "loss"),
+    "k2": KLPenalty("k2", "reward"),
+    "abs": KLPenalty("abs", "both"),
     "k3": KLPenalty("k3", "both"),
     "exact": KLPenalty("exact", "both"),
     "mean": KLPenalty("exact", "both", "mean"),
