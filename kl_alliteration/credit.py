@@ -174,7 +174,7 @@ def use_kl_to_go(trainer) -> None:
         counted = ~seam.batch.rewards.to(own.device).isnan().all(1).view(-1, group)
         others = counted.unsqueeze(1).expand(-1, group, -1).to(own)  # (N / G, G, G), 1 where j is one of them
         if seam.LEAVES_ONE_OUT:
-            others = others * (1 - torch.eye(group).to(own))
+            others = others * (1 - torch.eye(group, dtype=own.dtype, device=own.device))
         others = others / others.sum(-1, keepdim=True).clamp(min=1)
         by_token = torch.einsum("nij,nijt->nit", others, charged)
         by_text = torch.einsum("nij,nj->ni", others, own).unsqueeze(-1)
