@@ -3,44 +3,77 @@
     python studies/efficiency.py --at_a_time 3              # 2,400 generations, budgets of some 6, 12 and 15 nats
     python studies/efficiency.py --settings target_6_long   # 20,000 to a target of 6 nats, the rate falling to 0
     python studies/efficiency.py --settings budget_6 --seeds 0 -- --kl_to_go false
+    python studies/efficiency.py --nearer runs/efficiency/sgd_12_long_seed_0
 
 Runs go into runs/efficiency and are kept. Prints the table in Markdown, means with the range over seeds; a dash where
-fewer than ten effective samples say what the least KL is.
+for some seed fewer than ten effective samples say what the least KL is. Where the base's samples and a run's own do
+not, `--nearer` asks those of a run that is nearer to the least.
 """
 
+import torch
 from common import BUDGET, quiet, run_groups, runs_parser, spread
 
+from kl_alliteration.lab.judging import judge_run
 from kl_alliteration.lab.runs import read_summary
 from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.lab.sweep import seeds_of
+from kl_alliteration.yardsticks import ENOUGH, least_kl_at
 
 BY_TOKEN = {"reward_discount": 1.0, "kl_to_go": True}
+# Plain SGD, whose gradients are clipped to a norm of 1: the rate is the length of a step.
+SGD = {"beta": 4.0, "optim": "sgd", "warmup_steps": 20}
 LONG = {"max_steps": 500, "learning_rate": 1.5e-4, "lr_scheduler_type": "linear"}
 SETTINGS = {
+    "sgd_6": {"kl_budget_per_token": 0.065, "learning_rate": 0.07} | SGD,
+    "sgd_12": {"kl_budget_per_token": 0.13, "learning_rate": 0.1} | SGD,
+    "sgd_15": {"kl_budget_per_token": 0.16, "learning_rate": 0.1} | SGD,
     "budget_6": {"kl_budget_per_token": 0.06, "beta": 4.0},
     "budget_12": {"kl_budget_per_token": 0.12, "beta": 4.0},
     "budget_15": {"kl_budget_per_token": 0.15, "beta": 4.0},
     "target_6_long": {"target_kl_per_sequence": 6.0} | LONG,
     "price_6_long": {"kl_budget_per_token": "none", "beta": 0.93} | LONG,
+    "sgd_12_long": SGD | LONG | {"kl_budget_per_token": "none", "beta": 0.6, "learning_rate": 0.07},
 }
 # Many stories: an error of the reward is one of the least KL, and beyond the base's reach they say what that is.
 JUDGED = ("--eval_stories", "1000", "--show_stories_every", "0", "--report_to", "none", "--disable_tqdm", "true")
+MORE = 4000  # texts of --nearer
 COLUMNS = ("exact_kl_per_sequence", "reward_mean", "efficiency", "distinct_2")
+
+
+def efficiency_by(nearer: dict, after: dict) -> float | None:
+    """By the samples of another policy, `least_kl_at`'s arguments. `None` where they do not reach as far either."""
+    try:
+        least = least_kl_at(**nearer, reward=after["reward_mean"])
+    except ValueError:
+        return None
+    if least["effective_samples"] < ENOUGH:
+        return None
+    return least["kl_per_sequence"] / after["exact_kl_per_sequence"]
 
 
 @one_line_errors
 def main():
     parser = runs_parser(__doc__, "efficiency")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["budget_6", "budget_12", "budget_15"])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["sgd_6", "sgd_12", "sgd_15"])
+    parser.add_argument("--nearer", help="folder of a finished run, of which 4,000 more texts are sampled")
     parser.add_argument("options", nargs="*", help="more options of the recipe, behind --")
     args = parser.parse_args()
     quiet()
     words = (*BUDGET, *JUDGED, *args.options)
     groups = {name: seeds_of(name, BY_TOKEN | SETTINGS[name], args.seeds, words) for name in args.settings}
+    done = run_groups(groups, args)
+    nearer = None
+    if args.nearer:
+        judged = judge_run(args.nearer, MORE)
+        nearer = {"rewards": torch.tensor(judged.rewards), "ref_log_ratio": torch.tensor(judged.ref_log_ratios)}
     print("| | KL, nats per sequence | reward | efficiency | distinct-2 |\n|---|---|---|---|---|")
-    for name, folders in run_groups(groups, args).items():
+    for name, folders in done.items():
         found = [read_summary(folder)["after"] for folder in folders]
-        cells = [spread([each[column] for each in found if each[column] is not None]) for column in COLUMNS]
+        for each in found:
+            if each["efficiency"] is None and nearer:
+                each["efficiency"] = efficiency_by(nearer, each)
+        columns = {column: [each[column] for each in found] for column in COLUMNS}
+        cells = [spread([] if None in values else values) for values in columns.values()]
         print(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
 
 

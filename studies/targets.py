@@ -2,6 +2,7 @@
 
     python studies/targets.py                                    # two models, three targets, three seeds
     python studies/targets.py --settings repeats --targets 6 --seeds 0
+    python studies/targets.py --config recipes/budget.yaml       # with AdamW
     python studies/targets.py -- --max_steps 240                 # more options of the recipe
 
 `embedded` is the recipe's own model. `repeats` is that model after it was taught to go on with a word that stands
@@ -14,13 +15,13 @@ import random
 import statistics
 
 import torch
-from common import BUDGET, JUDGED, quiet, run_groups, runs_parser, spread
+from common import JUDGED, quiet, run_groups, runs_parser, spread
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from kl_alliteration.lab.runs import read_metrics, read_summary
 from kl_alliteration.lab.story_model.corpus import stories
 from kl_alliteration.lab.survival import one_line_errors
-from kl_alliteration.lab.sweep import seeds_of
+from kl_alliteration.lab.sweep import ROOT, seeds_of
 from kl_alliteration.story_lm import MODEL_PATH
 
 SETTINGS = {
@@ -68,12 +69,13 @@ def main():
     parser = runs_parser(__doc__, "targets")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["embedded", "repeats"])
     parser.add_argument("--targets", nargs="+", type=float, default=[3, 6, 10], help="nats per sequence")
+    parser.add_argument("--config", default=str(ROOT / "recipes/target.yaml"))
     parser.add_argument("options", nargs="*", help="more options of the recipe, behind --")
     args = parser.parse_args()
     quiet()
     if "repeats" in args.settings and not (args.folder / "repeats/model.safetensors").is_file():
         repeating_model(args.folder / "repeats")
-    groups, words = {}, (*BUDGET, *JUDGED, *args.options)
+    groups, words = {}, ("--config", args.config, *JUDGED, *args.options)
     for name in args.settings:
         options = dict(SETTINGS[name])
         if "model_name_or_path" in options:
