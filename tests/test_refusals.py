@@ -148,14 +148,18 @@ def test_a_target_is_credited_by_token(kind, words, expected):
     assert args.kl_budget_per_token is None and args.kl_opening_tokens == 0
 
 
-def test_the_recipe_of_a_target_steps_by_a_length(tmp_path):
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_the_recipe_of_a_target_steps_by_a_length(tmp_path, kind):
     """SGD's rate is a length only while gradients are clipped. It credits by token, as a typed target does."""
-    args, training_args, _ = parsed("--config", ROOT / "recipes/target.yaml")
+    args, training_args, _ = parsed("--config", ROOT / "recipes/target.yaml", kind=kind)
     assert (args.target_kl_per_sequence, args.reward_discount, args.kl_to_go) == (6.0, 1.0, True)
     assert (training_args.optim, training_args.max_grad_norm) == ("sgd", 1.0)
-    assert "leave kl_budget_per_token out" in refused(
-        "--config", ROOT / "recipes/target.yaml", "--kl_budget_per_token", "1"
-    )
+    assert training_args.beta  # GRPO's own is 0
+    for word, says in {
+        "--beta": "beta must not be 0",
+        "--kl_budget_per_token": "leave kl_budget_per_token out",
+    }.items():
+        assert says in refused("--config", ROOT / "recipes/target.yaml", word, "0", kind=kind)
 
 
 def test_a_hub_id_is_no_mistyped_folder(tmp_path):

@@ -127,6 +127,8 @@ class RecipeParser(TrlParser):
         if "--learning_rate" in self.words:  # what is typed goes before what a file has for adapters
             self.namespace.adapter_learning_rate = None
         target = getattr(self.namespace, "target_kl_per_sequence", None)
+        if target is not None and not self.namespace.beta and not {"--beta", "beta"} & {*self.words, *self.spelled}:
+            self.namespace.beta = 1.0  # which the target sets. GRPO's own is 0, and TRL then loads no reference
         if target is not None and "--target_kl_per_sequence" in self.words:
             of_texts = self.namespace.baseline == "none" or self.namespace.kl_placement == "loss"
             of_texts = of_texts or any(getattr(self.namespace, name, takes) != takes for name, takes in TAKES.items())
