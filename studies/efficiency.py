@@ -6,7 +6,7 @@
     python studies/efficiency.py --nearer runs/efficiency/sgd_12_long_seed_0
 
 Runs go into runs/efficiency and are kept. Prints the table in Markdown, means with the range over seeds; a dash where
-for some seed fewer than ten effective samples say what the least KL is. Where the base's samples and a run's own do
+for some seed fewer than thirty effective samples say what the least KL is. Where the base's samples and a run's own do
 not, `--nearer` asks those of a run that is nearer to the least.
 """
 
@@ -17,7 +17,7 @@ from kl_alliteration.lab.judging import judge_run
 from kl_alliteration.lab.runs import read_summary
 from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.lab.sweep import seeds_of
-from kl_alliteration.yardsticks import ENOUGH, least_kl_at
+from kl_alliteration.yardsticks import CARRY_A_RATIO, least_kl_at
 
 BY_TOKEN = {"reward_discount": 1.0, "kl_to_go": True}
 # Plain SGD, whose gradients are clipped to a norm of 1: the rate is the length of a step.
@@ -46,7 +46,7 @@ def efficiency_by(nearer: dict, after: dict) -> float | None:
         least = least_kl_at(**nearer, reward=after["reward_mean"])
     except ValueError:
         return None
-    if least["effective_samples"] < ENOUGH:
+    if least["effective_samples"] < CARRY_A_RATIO:
         return None
     return least["kl_per_sequence"] / after["exact_kl_per_sequence"]
 

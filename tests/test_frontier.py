@@ -31,7 +31,7 @@ def judged(reward: float, kl: float, ratios: list[float]) -> Judgement:
 
 def test_the_embedded_model_brings_its_own():
     rewards = read()
-    assert rewards.shape == (1, 12_000) and rewards.mean().item() == pytest.approx(4.28, abs=0.05)
+    assert rewards.shape == (1, 120_000) and rewards.mean().item() == pytest.approx(4.28, abs=0.05)
 
 
 @pytest.mark.parametrize(
