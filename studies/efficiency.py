@@ -3,7 +3,7 @@
     python studies/efficiency.py --at_a_time 3              # 2,400 generations, budgets of some 6, 12 and 15 nats
     python studies/efficiency.py --settings target_6_long   # 20,000 to a target of 6 nats, the rate falling to 0
     python studies/efficiency.py --settings budget_6 --seeds 0 -- --kl_to_go false
-    python studies/efficiency.py --nearer runs/efficiency/sgd_12_long_seed_0
+    python studies/efficiency.py --nearer runs/efficiency/price_6_long_seed_0
 
 Runs go into runs/efficiency and are kept. Prints the table in Markdown, means with the range over seeds; a dash where
 for some seed fewer than thirty effective samples say what the least KL is. Where the base's samples and a run's own do

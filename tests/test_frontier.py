@@ -52,8 +52,9 @@ def test_a_run_of_another_kind_has_none_of_it(tmp_path, changed):
     tiny = tmp_path / "tiny"
     assert read(**changed) is None and read(model=tiny) is None
     path = tmp_path / "frontier.json"
-    path.write_text(json.dumps({"model": "Tiny", "sampled": SAMPLED, "rewards": [[0.0, 1.0]]}))
-    assert read(model=tiny, base_frontier=str(path)).tolist() == [[0, 1]]
+    path.write_text(json.dumps({"model": "Tiny", "sampled": SAMPLED, "rewards": [[0, 1]]}))
+    named = read(model=tiny, base_frontier=str(path))
+    assert named.tolist() == [[0, 1]] and named.is_floating_point()
     with pytest.raises(ValueError, match="^base_frontier: "):
         read(model=tiny, base_frontier=str(path), **changed)
     with pytest.raises(ValueError, match="has model 'tiny', the run has 'model'"):

@@ -34,7 +34,7 @@ def read_base_rewards(args, sampling, model_name_or_path: str) -> torch.Tensor |
     try:
         facts = json.loads(Path(named or EMBEDDED).read_text(encoding="utf-8"))
         sampled = {name: (facts["sampled"] | {"model": facts["model"].casefold()})[name] for name in NAMES}
-        rewards = torch.tensor(facts["rewards"])
+        rewards = torch.tensor(facts["rewards"], dtype=torch.float64)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"base_frontier: {named} is no frontier.json of recipes/best_of_n.py ({type(error).__name__}: {error})"
