@@ -17,6 +17,7 @@ WALL = 4.0  # prices that a nat beyond the target costs
 LARGEST = 1e3  # of the price: where a text that repeats itself pays for its KL many times over
 # How the wall moves at a step: a fifth of the error, but out slowly, or a KL that still rises overshoots; and how far.
 WALL_RATE, WALL_OUT, WALL_IN, WALL_AT_MOST = 0.2, 0.01, 0.04, 1.5
+AHEAD = 1.1  # of the text that spends most, which a wall that nobody passes must be, or it never moves
 START = 0.02  # of the price, from which it rises: a full price from the first step slows the start
 # Of the target: below the first the price falls, above it it rises to what was read off, and above the second further.
 HELD, BEYOND = 0.9, 1.1
@@ -85,7 +86,7 @@ def price_of_target(ref_rewards: torch.Tensor, kl_per_sequence: float) -> Target
 def _furthest(rewards: torch.Tensor) -> dict:
     """The last point of the curve that enough samples carry, by bisection of the KL."""
     low, high, found = 0.0, math.log(len(rewards)), None
-    for _ in range(40):
+    for _ in range(20):
         middle = (low + high) / 2
         try:
             point = least_kl_at(rewards, kl_per_sequence=middle)
@@ -226,7 +227,7 @@ class KLTargetCallback(TrainerCallback):
             move = WALL_RATE * (1 - spent / self.price.target_kl_per_sequence)
             self.wall *= math.exp(max(-WALL_IN, min(WALL_OUT, move)))
             # Where the full price is paid the price holds the mean, and texts may differ as its optimum has them.
-            leaning = most if self.rule.value < self.rule.full else WALL_AT_MOST
+            leaning = AHEAD * most if self.rule.value < self.rule.full else WALL_AT_MOST
             self.wall = max(1.0, min(self.wall, WALL_AT_MOST, leaning))
             self.rule.update(spent)
             self._apply()

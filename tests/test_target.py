@@ -94,7 +94,7 @@ def test_what_a_nat_costs_within_and_beyond(make_trainer):
     [
         (1.0, 0.96, 3.0, math.exp(0.2 * 0.04)),  # texts lean on it, and the mean is a twenty-fifth short
         (1.2, 0.2, 3.0, 1.2 * math.exp(0.01)),  # out slowly
-        (1.2, 0.2, 1.1, 1.1),  # no text is there: it does not run ahead of them
+        (1.2, 0.2, 1.0, 1.1),  # no text is there: it runs a tenth ahead of them, and no more
         (1.2, 0.2, 0.5, 1.0),
         (1.2, 1.1, 3.0, 1.2 * math.exp(-0.2 * 0.1)),
         (1.2, 2.0, 3.0, 1.2 * math.exp(-0.04)),
