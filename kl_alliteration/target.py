@@ -141,9 +141,9 @@ class KLTargetCallback(TrainerCallback):
     what [`price_of_target`] reads off the reference's rewards to all of it, where the target is reached. A nat beyond
     it costs four times that reading, more where a policy runs away; it holds where the samples are blind. The
     wall is a budget per token that follows the mean length of the completions, so that the target is one of the
-    sequence. It charges each text by itself, which would hold the mean below the target where texts differ: so while
-    texts lean on it, or the full price holds them, it moves out, to one and a half targets at most, until the mean is
-    at the target. Sets `trainer.beta` and takes the place of [`KLPenaltyCallback`]. Logs `kl/price`, reward per nat
+    sequence. It charges each text by itself, which would hold the mean below the target where texts differ: so it
+    moves out, to one and a half targets at most, until the mean is at the target; less than the full price leaves it
+    no more than a tenth ahead of the text that spends most. Sets `trainer.beta` and takes the place of [`KLPenaltyCallback`]. Logs `kl/price`, reward per nat
     within the wall, `kl/target_use`, KL over target, and `kl/wall`, where the wall stands over the target. Its state
     is in every checkpoint.
 
