@@ -17,7 +17,7 @@ WALL = 4.0  # prices that a nat beyond the target costs
 LARGEST = 1e3  # of the price: where a text that repeats itself pays for its KL many times over
 # How the wall moves at a step: a fifth of the error, but out slowly, or a KL that still rises overshoots; and how far.
 WALL_RATE, WALL_OUT, WALL_IN, WALL_AT_MOST = 0.2, 0.01, 0.04, 1.5
-AHEAD = 1.1  # of the text that spends most, which a wall that nobody passes must be, or it never moves
+AHEAD = 1.1  # of the text that spends most: a wall that texts heed, and that waited for one beyond it, would not move
 START = 0.02  # of the price, from which it rises: a full price from the first step slows the start
 # Of the target: below the first the price falls, above it it rises to what was read off, and above the second further.
 HELD, BEYOND = 0.9, 1.1
