@@ -143,9 +143,9 @@ class KLTargetCallback(TrainerCallback):
     wall is a budget per token that follows the mean length of the completions, so that the target is one of the
     sequence. It charges each text by itself, which would hold the mean below the target where texts differ: so it
     moves out, to one and a half targets at most, until the mean is at the target; less than the full price leaves it
-    no more than a tenth ahead of the text that spends most. Sets `trainer.beta` and takes the place of [`KLPenaltyCallback`]. Logs `kl/price`, reward per nat
-    within the wall, `kl/target_use`, KL over target, and `kl/wall`, where the wall stands over the target. Its state
-    is in every checkpoint.
+    no more than a tenth ahead of the text that spends most. Sets `trainer.beta` and takes the place of
+    [`KLPenaltyCallback`]. Logs `kl/price`, reward per nat within the wall, `kl/target_use`, KL over target, and
+    `kl/wall`, where the wall stands over the target. Its state is in every checkpoint.
 
     Args:
         trainer ([`~trl.RLOOTrainer`] or [`~trl.GRPOTrainer`]): The trainer, stock, its `beta` not 0, so that TRL loads
