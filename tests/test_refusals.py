@@ -150,10 +150,11 @@ def test_a_target_is_credited_by_token(kind, words, expected):
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
 def test_the_recipe_of_a_target_steps_by_a_length(tmp_path, kind):
-    """SGD's rate is a length only while gradients are clipped. It credits by token, as a typed target does."""
+    """SGD's steps have a length only while gradients are clipped. It credits by token, as a typed target does."""
     args, training_args, _ = parsed("--config", ROOT / "recipes/target.yaml", kind=kind)
     assert (args.target_kl_per_sequence, args.reward_discount, args.kl_to_go) == (6.0, 1.0, True)
-    assert (training_args.optim, training_args.max_grad_norm) == ("sgd", 1.0)
+    length = training_args.max_grad_norm * training_args.learning_rate
+    assert training_args.optim == "sgd" and length == pytest.approx(0.07)
     assert training_args.beta  # GRPO's own is 0
     for word, says in {
         "--beta": "beta must not be 0",
