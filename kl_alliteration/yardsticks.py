@@ -158,15 +158,29 @@ def efficiency(
     gain = known.mean() - ref_rewards.double().nanmean()
     if not kl_per_sequence > 0 or not gain > 2 * known.std(correction=0) / len(known) ** 0.5:
         return None
-    reached = known.mean().item()
     samples = [(ref_rewards, None), (rewards, ref_log_ratio)]
-    for some, ratio in samples[: 1 if ref_rewards.numel() > ref_rewards.shape[-1] else 2]:
+    some = samples[: 1 if ref_rewards.numel() > ref_rewards.shape[-1] else 2]
+    least = least_kl_carried(known.mean().item(), some)
+    return None if least is None else least / kl_per_sequence
+
+
+def least_kl_carried(reward: float, samples: list[tuple[torch.Tensor, torch.Tensor | None]]) -> float | None:
+    """The least KL of a mean reward, by the first samples of which thirty effective ones carry it; else `None`.
+
+    Args:
+        reward (`float`): The mean reward.
+        samples (`list`): Pairs of rewards and `ref_log_ratio` as for [`least_kl_at`], the reference's own first.
+
+    Returns:
+        `float`: In nats per sequence. Its standard error is about one over the root of the effective samples.
+    """
+    for rewards, ref_log_ratio in samples:
         try:
-            least = least_kl_at(some, reward=reached, ref_log_ratio=ratio)
+            least = least_kl_at(rewards, reward=reward, ref_log_ratio=ref_log_ratio)
         except ValueError:  # beyond these samples
             continue
         if least["effective_samples"] >= CARRY_A_RATIO:
-            return least["kl_per_sequence"] / kl_per_sequence
+            return least["kl_per_sequence"]
     return None
 
 

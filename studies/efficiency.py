@@ -17,7 +17,7 @@ from kl_alliteration.lab.judging import judge_run
 from kl_alliteration.lab.runs import read_summary
 from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.lab.sweep import seeds_of
-from kl_alliteration.yardsticks import CARRY_A_RATIO, least_kl_at
+from kl_alliteration.yardsticks import least_kl_carried
 
 BY_TOKEN = {"reward_discount": 1.0, "kl_to_go": True}
 # Plain SGD, whose gradients are clipped to a norm of 1: the rate is the length of a step.
@@ -32,23 +32,14 @@ SETTINGS = {
     "budget_15": {"kl_budget_per_token": 0.15, "beta": 4.0},
     "target_6_long": {"target_kl_per_sequence": 6.0} | LONG,
     "price_6_long": {"kl_budget_per_token": "none", "beta": 0.93} | LONG,
+    "sgd_target_6_long": LONG | {"target_kl_per_sequence": 6.0, "optim": "sgd", "warmup_steps": 20, "learning_rate": 0.07},
+    "sgd_price_6_long": SGD | LONG | {"kl_budget_per_token": "none", "beta": 1.0, "learning_rate": 0.07},
     "sgd_12_long": SGD | LONG | {"kl_budget_per_token": "none", "beta": 0.6, "learning_rate": 0.07},
 }
 # Many stories: an error of the reward is one of the least KL, and beyond the base's reach they say what that is.
 JUDGED = ("--eval_stories", "1000", "--show_stories_every", "0", "--report_to", "none", "--disable_tqdm", "true")
 MORE = 4000  # texts of --nearer
 COLUMNS = ("exact_kl_per_sequence", "reward_mean", "efficiency", "distinct_2")
-
-
-def efficiency_by(nearer: dict, after: dict) -> float | None:
-    """By the samples of another policy, `least_kl_at`'s arguments. `None` where they do not reach as far either."""
-    try:
-        least = least_kl_at(**nearer, reward=after["reward_mean"])
-    except ValueError:
-        return None
-    if least["effective_samples"] < CARRY_A_RATIO:
-        return None
-    return least["kl_per_sequence"] / after["exact_kl_per_sequence"]
 
 
 @one_line_errors
@@ -65,13 +56,14 @@ def main():
     nearer = None
     if args.nearer:
         judged = judge_run(args.nearer, MORE)
-        nearer = {"rewards": torch.tensor(judged.rewards), "ref_log_ratio": torch.tensor(judged.ref_log_ratios)}
+        nearer = torch.tensor(judged.rewards), torch.tensor(judged.ref_log_ratios)
     print("| | KL, nats per sequence | reward | efficiency | distinct-2 |\n|---|---|---|---|---|")
     for name, folders in done.items():
         found = [read_summary(folder)["after"] for folder in folders]
         for each in found:
             if each["efficiency"] is None and nearer:
-                each["efficiency"] = efficiency_by(nearer, each)
+                least = least_kl_carried(each["reward_mean"], [nearer])
+                each["efficiency"] = None if least is None else least / each["exact_kl_per_sequence"]
         columns = {column: [each[column] for each in found] for column in COLUMNS}
         cells = [spread([] if None in values else values) for values in columns.values()]
         print(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
