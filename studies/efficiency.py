@@ -21,20 +21,21 @@ from kl_alliteration.yardsticks import least_kl_carried
 
 BY_TOKEN = {"reward_discount": 1.0, "kl_to_go": True}
 # Plain SGD, whose gradients are clipped to a norm of 1: the rate is the length of a step.
-SGD = {"beta": 4.0, "optim": "sgd", "warmup_steps": 20}
-LONG = {"max_steps": 500, "learning_rate": 1.5e-4, "lr_scheduler_type": "linear"}
+SGD = {"optim": "sgd", "warmup_steps": 20}
+LONG = {"max_steps": 500, "lr_scheduler_type": "linear"}
+ADAMW_LONG, SGD_LONG = LONG | {"learning_rate": 1.5e-4}, LONG | SGD | {"learning_rate": 0.07}
 SETTINGS = {
-    "sgd_6": {"kl_budget_per_token": 0.065, "learning_rate": 0.07} | SGD,
-    "sgd_12": {"kl_budget_per_token": 0.13, "learning_rate": 0.1} | SGD,
-    "sgd_15": {"kl_budget_per_token": 0.16, "learning_rate": 0.1} | SGD,
+    "sgd_6": SGD | {"kl_budget_per_token": 0.065, "beta": 4.0, "learning_rate": 0.07},
+    "sgd_12": SGD | {"kl_budget_per_token": 0.13, "beta": 4.0, "learning_rate": 0.1},
+    "sgd_15": SGD | {"kl_budget_per_token": 0.16, "beta": 4.0, "learning_rate": 0.1},
     "budget_6": {"kl_budget_per_token": 0.06, "beta": 4.0},
     "budget_12": {"kl_budget_per_token": 0.12, "beta": 4.0},
     "budget_15": {"kl_budget_per_token": 0.15, "beta": 4.0},
-    "target_6_long": {"target_kl_per_sequence": 6.0} | LONG,
-    "price_6_long": {"kl_budget_per_token": "none", "beta": 0.93} | LONG,
-    "sgd_target_6_long": LONG | {"target_kl_per_sequence": 6.0, "optim": "sgd", "warmup_steps": 20, "learning_rate": 0.07},
-    "sgd_price_6_long": SGD | LONG | {"kl_budget_per_token": "none", "beta": 1.0, "learning_rate": 0.07},
-    "sgd_12_long": SGD | LONG | {"kl_budget_per_token": "none", "beta": 0.6, "learning_rate": 0.07},
+    "target_6_long": ADAMW_LONG | {"target_kl_per_sequence": 6.0},
+    "price_6_long": ADAMW_LONG | {"kl_budget_per_token": "none", "beta": 0.93},
+    "sgd_target_6_long": SGD_LONG | {"target_kl_per_sequence": 6.0},
+    "sgd_6_long": SGD_LONG | {"kl_budget_per_token": "none", "beta": 1.0},
+    "sgd_12_long": SGD_LONG | {"kl_budget_per_token": "none", "beta": 0.6},
 }
 # Many stories: an error of the reward is one of the least KL, and beyond the base's reach they say what that is.
 JUDGED = ("--eval_stories", "1000", "--show_stories_every", "0", "--report_to", "none", "--disable_tqdm", "true")
