@@ -174,7 +174,7 @@ class Schedule:
 
 
 class KLControlCallback(TrainerCallback):
-    """Change `trainer.beta` by a rule, after every optimizer step that used new completions.
+    """Change `trainer.beta` by a rule, from one generation batch to the next.
 
     The rule's state goes into `trainer_state.json` of every checkpoint and comes back from it. On several processes
     every rank sees the same pooled KL and so has the same beta.
@@ -236,7 +236,7 @@ class KLControlCallback(TrainerCallback):
         vars(self.controller).update({name: attributes[name] for name in own if name in attributes})
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.seen is not None:
+        if self.seen is not None and self.seam.batch_is_used_up:
             self.seam.beta = self.controller.update(*self.seen)
             self.seen = None
         rule = type(self.controller).__name__

@@ -98,8 +98,7 @@ class CollapseGuardCallback(TrainerCallback):
         if self.first_distinct_2:
             seen["distinct_2_left"] = distinct_2 / self.first_distinct_2
         if rollout is not None:
-            sums = kl.reduce_per_sequence(rollout.ref_log_ratio, rollout.completion_mask, "sum")
-            seen["kl_per_sequence"] = trainer.accelerator.gather(sums).mean().item()
+            seen["kl_per_sequence"] = self.seam.mean_per_sequence(rollout.ref_log_ratio, rollout.completion_mask)
         if entropies := self.seam.metrics.get("entropy"):
             seen["entropy_per_token"] = entropies[-1]  # of the update before
         self.recent = [*self.recent, seen][-self.smoothing :]

@@ -51,12 +51,20 @@ class KLMonitorCallback(TrainerCallback):
         lengths = mask.sum(-1)
         budget = getattr(self.seam.penalty, "budget_per_token", None)
         best = per_sequence[self.names[-1] if "exact" in self.names else "k1"]
-        sums = [lengths.sum(), torch.ones_like(lengths).sum(), *(values.sum() for values in per_sequence.values())]
+        sums = [
+            lengths.sum(),
+            torch.ones_like(lengths).sum(),
+            (lengths > 0).sum(),
+            *(values.sum() for values in per_sequence.values()),
+        ]
         if budget is not None:
             if budget > 0:
                 sums.append((best / (budget * lengths.clamp(min=1))).sum())
             sums.append((best > budget * lengths).sum())
-        tokens, sequences, *totals = accelerator.reduce(torch.stack([s.double() for s in sums]), "sum").tolist()
+        tokens, completions, sequences, *totals = accelerator.reduce(
+            torch.stack([s.double() for s in sums]), "sum"
+        ).tolist()
+        sequences = max(sequences, 1)  # of which a token counts: of truncated ones none may
         for name, total in zip(self.names, totals, strict=False):
             metrics[f"kl/{name}_per_token"].append(total / max(tokens, 1))
             metrics[f"kl/{name}_per_sequence"].append(total / sequences)
@@ -70,7 +78,7 @@ class KLMonitorCallback(TrainerCallback):
         metrics["kl/beta"].append(self.seam.beta)
         if self.seam.beta != 0 and self.seam.last_penalty is not None:
             penalty_std = self.seam.beta * accelerator.gather(self.seam.last_penalty).std(correction=0).item()
-            reward_std = last_reward_std(self.trainer, int(sequences))
+            reward_std = last_reward_std(self.trainer, int(completions))
             spread = penalty_std + reward_std
             metrics["kl/share_of_spread"].append(penalty_std / spread if spread else 0.0)
 

@@ -175,9 +175,10 @@ class PlotMonitorCallback(TrainerCallback):
         if self.ref_labels is not None and rollout is not None:
             best = "exact" if rollout.hidden is not None else "k1"
             per_token, mask = rollout.per_token_kl(best), rollout.completion_mask
-            self.spent.extend(self.trainer.accelerator.gather((per_token * mask).sum(-1)).tolist())
+            self.spent.extend(self.seam.of_texts(per_token, mask).tolist())
             metrics["plots/kl_per_sequence"].append(found.kl_of_plots)
-            metrics["plots/kl_within_per_sequence"].append(sum(self.spent) / len(self.spent) - found.kl_of_plots)
+            spent = sum(self.spent) / max(1, len(self.spent))
+            metrics["plots/kl_within_per_sequence"].append(spent - found.kl_of_plots)
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.get(self.STATE)

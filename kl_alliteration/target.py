@@ -67,7 +67,9 @@ def price_of_target(ref_rewards: torch.Tensor, kl_per_sequence: float) -> Target
     if not 0 < kl_per_sequence < math.inf:
         raise ValueError(f"target_kl_per_sequence must be > 0 and finite, got {kl_per_sequence}")
     known = centred(ref_rewards)
-    if not len(known) or not known.std(correction=0) > 0:
+    known = known - (mean := known.mean())  # a price is one of differences, which rounding must not make
+    spread = (known.max() - known.min()).item() if len(known) else 0.0
+    if not spread > 1e-12 * ref_rewards.double().nan_to_num().abs().max().item():
         raise ValueError(
             f"target_kl_per_sequence: the reference's {len(known)} rewards do not differ, so that no KL buys any: "
             "take another reward, or more samples"
@@ -79,6 +81,7 @@ def price_of_target(ref_rewards: torch.Tensor, kl_per_sequence: float) -> Target
         pass
     if point is None or point["effective_samples"] < ENOUGH:
         point = _furthest(known)
+    point["reward"] += mean.item()
     names = ("price", "reward", "kl_per_sequence", "effective_samples", "largest_weight")
     return TargetPrice(kl_per_sequence, **{name: point[name] for name in names}, samples=len(known))
 
@@ -166,8 +169,8 @@ class KLTargetCallback(TrainerCallback):
         penalty = penalty or KLPenalty("exact", "both")
         if trainer.beta == 0:
             raise ValueError("beta must not be 0 with a target: TRL then loads no reference; any other is replaced")
-        if penalty.budget_per_token is not None or penalty.reduction != "sum":
-            raise ValueError("the penalty of a target has reduction 'sum' and no budget: the target sets it")
+        if penalty.budget_per_token is not None or (penalty.reduction, penalty.direction) != ("sum", "reverse"):
+            raise ValueError("the penalty of a target has reduction 'sum', direction 'reverse' and no budget")
         self.trainer, self.seam, self.ref_rewards = trainer, seam_of(trainer), ref_rewards
         self.price = price_of_target(ref_rewards, kl_per_sequence)
         if self.price.blind:
@@ -180,6 +183,7 @@ class KLTargetCallback(TrainerCallback):
         price = self.price.price
         self.rule = PriceRule(START * price, kl_per_sequence, full=price)
         self.wall = 1.0  # of the target
+        self.value = 1.0  # of the rule's prices: what a rollback of the guard raises
         self.length: float | None = None  # tokens of a completion, smoothed
         # Of the last generation batch: KL per sequence, length, and the most that a text spends of its share.
         self.seen: tuple[float, float, float] | None = None
@@ -188,22 +192,25 @@ class KLTargetCallback(TrainerCallback):
         self.seam.use_penalty(replace(penalty, budget_per_token=budget))
         self.estimator = penalty.estimator if penalty.full_vocabulary else "k1"
         self.seam.observers.append(self.observe)
+        self.seam.controller = self
         self._apply()
 
     def _apply(self) -> None:
         length = self.length or self.trainer.max_completion_length
-        self.seam.beta = WALL * max(self.price.price, self.rule.value)
+        beta = WALL * max(self.price.price, self.rule.value)
+        self.seam.beta = self.value * beta
         self.seam.penalty = replace(
             self.seam.penalty,
             budget_per_token=self.wall * self.price.target_kl_per_sequence / length,
-            within_budget=self.rule.value / self.seam.beta,
+            within_budget=self.rule.value / beta,
         )
 
     def observe(self, rollout: kl.Rollout) -> None:
         mask, target = rollout.completion_mask, self.price.target_kl_per_sequence
-        of_texts = kl.reduce_per_sequence(rollout.per_token_kl(self.estimator), mask, "sum")
-        gather = self.trainer.accelerator.gather
-        of_texts, lengths = gather(of_texts).cpu().double(), gather(mask.sum(-1).clamp(min=1)).cpu().double()
+        nats = rollout.per_token_kl(self.estimator, k=self.seam.penalty.top_k)
+        of_texts, lengths = (self.seam.of_texts(values, mask).cpu().double() for values in (nats, mask))
+        if not len(of_texts):
+            return
         spent = of_texts.mean().item()
         self.seam.metrics["kl/price"].append(self.rule.value)
         self.seam.metrics["kl/target_use"].append(spent / target)
@@ -218,10 +225,11 @@ class KLTargetCallback(TrainerCallback):
             own = saved["attributes"]
             self.wall, self.length = own["wall"], own["length"]
             vars(self.rule).update({name: own[name] for name in self.rule.STATE})
+        self.value = 1.0
         self._apply()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.seen is not None:
+        if self.seen is not None and self.seam.batch_is_used_up:
             spent, length, most = self.seen
             self.length = length if self.length is None else SMOOTHING * self.length + (1 - SMOOTHING) * length
             move = WALL_RATE * (1 - spent / self.price.target_kl_per_sequence)

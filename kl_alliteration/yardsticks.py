@@ -94,9 +94,9 @@ def least_kl(
     for _ in range(bootstraps):
         places = torch.randint(rewards.shape[-1], rewards.shape, generator=generator)
         some = rewards.gather(-1, places), ratio.gather(-1, places)
-        log_z = torch.stack([_log_z(*some, price).mean() for price in prices])
+        log_z = torch.stack([_log_z(*some, price).nanmean() for price in prices])
         again.append((grid * (log_z + kls[:, None])).amin(-1))  # the largest reward at a KL, by duality: (N,)
-    bounds = torch.stack(again).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    bounds = torch.stack(again).nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
     for point, low, high in zip(points, *bounds.tolist(), strict=True):
         point |= {"low": low, "high": high}
     return points
@@ -136,7 +136,11 @@ def least_kl_at(
 
 
 def efficiency(
-    ref_rewards: torch.Tensor, rewards: torch.Tensor, ref_log_ratio: torch.Tensor, kl_per_sequence: float
+    ref_rewards: torch.Tensor,
+    rewards: torch.Tensor,
+    ref_log_ratio: torch.Tensor,
+    kl_per_sequence: float,
+    one_prompt: bool = True,
 ) -> float | None:
     """The least KL of the mean reward that a policy reached, over the KL that it spent: at most 1.
 
@@ -151,6 +155,8 @@ def efficiency(
         rewards (`torch.Tensor`): (N,) rewards of the policy's.
         ref_log_ratio (`torch.Tensor`): (N,) log policy - log reference of the policy's, in nats per sequence.
         kl_per_sequence (`float`): What was spent, in nats; the exact KL where it is known.
+        one_prompt (`bool`): Whether the policy's are of one prompt. Of several, how their rewards differ would count
+            as reward to be bought, so that the reference's alone are asked.
     """
     known = rewards[~rewards.isnan()].double()
     if not len(known):
@@ -159,8 +165,8 @@ def efficiency(
     if not kl_per_sequence > 0 or not gain > 2 * known.std(correction=0) / len(known) ** 0.5:
         return None
     samples = [(ref_rewards, None), (rewards, ref_log_ratio)]
-    some = samples[: 1 if ref_rewards.numel() > ref_rewards.shape[-1] else 2]
-    least = least_kl_carried(known.mean().item(), some)
+    one_prompt = one_prompt and ref_rewards.numel() == ref_rewards.shape[-1]
+    least = least_kl_carried(known.mean().item(), samples[: 2 if one_prompt else 1])
     return None if least is None else least / kl_per_sequence
 
 

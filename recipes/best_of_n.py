@@ -103,7 +103,11 @@ def main():
         "least_kl": least,
     }
     facts["sampled"] = {"reward_func": args.reward_func, "prompt": None if args.dataset_name else args.prompt}
-    facts["sampled"] |= {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
+    facts["sampled"] |= {
+        "dataset_name": args.dataset_name,
+        "temperature": args.temperature,
+        "max_new_tokens": args.max_new_tokens,
+    }
     facts["rewards"] = [[int(value) if value.is_integer() else value for value in row] for row in rewards.tolist()]
     text = ",\n".join(f'"{name}": {json.dumps(value, separators=(",", ":"))}' for name, value in facts.items())
     (folder / "frontier.json").write_text(f"{{\n{text}\n}}\n", encoding="utf-8")

@@ -285,6 +285,14 @@ def test_a_good_choice_is_silent(enumerated, recwarn, row):
     assert (callback.penalty.estimator, callback.penalty.placement) == row and [str(w.message) for w in recwarn] == []
 
 
+def test_the_halves_of_both_have_one_price(enumerated):
+    """RLOO's `normalize_advantages` would divide one of them: 0.39 was the cosine to the KL's gradient."""
+    trainer = enumerated(normalize_advantages=True)
+    with pytest.raises(ValueError, match="normalize_advantages divides the half of a penalty that is in the reward"):
+        KLPenaltyCallback(trainer, KLPenalty("exact", "both"))
+    KLPenaltyCallback(trainer, KLPenalty("k1", "reward"))
+
+
 def test_words_name_reduction_and_budget():
     shared = KLPenalty("exact", "both", budget_per_token=0.1, within_budget=0.2).contract.gradient
     assert "0.2 of it within the budget" in shared

@@ -133,17 +133,20 @@ def test_beta_moves_after_every_step_whatever_the_logging(make_trainer):
 
 def test_once_for_each_generation_batch(make_trainer):
     """With two iterations on a batch, 4 steps are 2 batches of 8 completions."""
-    calls = []
+    calls, betas = [], []
 
     class Watched(control.FixedBeta):
         def update(self, kl_per_token, generations):
             calls.append(generations)
+            self.value += 0.1
             return self.value
 
     trainer = make_trainer(max_steps=4, num_iterations=2)
     trainer.add_callback(KLControlCallback(trainer, Watched(0.3), kl_estimator="exact"))
+    loss = trainer._compute_loss
+    trainer._compute_loss = lambda *asked: (betas.append(trainer.beta), loss(*asked))[1]
     trainer.train()
-    assert calls == [8, 8] and trainer.beta == 0.3
+    assert calls == [8, 8] and betas == pytest.approx([0.3, 0.3, 0.4, 0.4]) and trainer.beta == pytest.approx(0.5)
 
 
 def test_beta_zero_is_refused_with_the_reason(make_trainer):

@@ -2,15 +2,25 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from trl import ModelConfig, RLOOConfig
 
 from kl_alliteration import Judgement
 from kl_alliteration._trl import seam_of
-from kl_alliteration.lab.frontier import EfficiencyCallback, efficiency_of, one_curve, read_base_rewards
-from kl_alliteration.lab.options import ALLITERATION
+from kl_alliteration.lab.frontier import (
+    EfficiencyCallback,
+    efficiency_of,
+    one_curve,
+    read_base_rewards,
+    reference_stays,
+)
+from kl_alliteration.lab.options import ALLITERATION, OnlineArguments
+from kl_alliteration.lab.parser import RecipeParser, parse_recipe
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 from kl_alliteration.yardsticks import least_kl_at
 
@@ -20,6 +30,7 @@ SAMPLED = {"reward_func": ALLITERATION, "prompt": PROMPT, "temperature": 1.0, "m
 def read(model=MODEL_PATH, **changed):
     args = {"base_frontier": None, "reward_funcs": [ALLITERATION], "reward_model_name_or_path": None}
     args |= {"dataset_name": None, "prompt": PROMPT, "temperature": 1.0, "max_completion_length": 100}
+    args |= {"adapter_name_or_path": None, "kl_reference": "start", "top_p": 1.0, "top_k": 0, "min_p": None}
     args = SimpleNamespace(**args | changed)
     return read_base_rewards(args, args, str(model))
 
@@ -45,6 +56,13 @@ def test_the_embedded_model_brings_its_own():
         {"reward_model_name_or_path": "a/model"},
         {"prompt": "There was"},
         {"dataset_name": "prompts.jsonl"},
+        {"adapter_name_or_path": "runs/adapter"},
+        {"kl_reference": "reset"},
+        {"kl_reference": "another/model"},
+        {"sync_ref_model": True},
+        {"top_p": 0.5},
+        {"repetition_penalty": 1.3},
+        {"reward_clip_range": (0.0, 5.0)},
     ],
     ids=str,
 )
@@ -59,6 +77,16 @@ def test_a_run_of_another_kind_has_none_of_it(tmp_path, changed):
         read(model=tiny, base_frontier=str(path), **changed)
     with pytest.raises(ValueError, match="has model 'tiny', the run has 'model'"):
         read(base_frontier=str(path))
+    of_data = SAMPLED | {"prompt": None, "dataset_name": "mine.jsonl"}
+    path.write_text(json.dumps({"model": "Tiny", "sampled": of_data, "rewards": [[0, 1]]}))
+    assert read(model=tiny, base_frontier=str(path), dataset_name="mine.jsonl") is not None
+    with pytest.raises(ValueError, match="has dataset_name 'mine.jsonl', the run has 'yours.jsonl'"):
+        read(model=tiny, base_frontier=str(path), dataset_name="yours.jsonl")
+
+
+def test_from_the_base_an_adapter_that_goes_on_has_the_base_s(tmp_path):
+    for reference in ("base", "loaded"):
+        assert read(adapter_name_or_path="runs/adapter", kl_reference=reference) is not None
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"sampled": {}}', '{"sampled": {}, "rewards": [["a"]]}', None])
@@ -84,7 +112,8 @@ def test_the_log_has_the_efficiency_of_the_last_completions(make_trainer, monkey
     """What `efficiency` says of the window, and nothing where it says nothing."""
     asked = []
 
-    def known(ref_rewards, rewards, ratios, spent):
+    def known(ref_rewards, rewards, ratios, spent, one_prompt):
+        assert one_prompt
         asked.append((rewards.tolist(), ratios.tolist(), spent))
         return None if len(asked) == 1 else 0.5
 
@@ -113,3 +142,22 @@ def test_prompts_with_few_samples_each_are_one_curve():
     )  # less the mean of two: a half is left
     many = torch.rand(2, 1000)
     assert one_curve(many, 20.0) is many and one_curve(rewards[:1], 20.0).shape == (1, 2)
+
+
+def test_of_many_prompts_the_policy_s_own_samples_say_nothing():
+    """A tilt of prompts whose means differ: its rewards' spread is mostly not to be bought, and the base is blind."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(20, 8, generator=generator) + 3 * torch.randn(20, 1, generator=generator)
+    before, after = judged(0.0, 0.0, [0.0] * 4), judged(4.0, 8.0, [8.0] * 4)
+    rewards = 4.0 + 3 * torch.randn(4000, generator=generator, dtype=torch.float64)
+    after = replace(after, rewards=rewards.tolist(), ref_log_ratios=[8.0] * 4000)
+    assert efficiency_of(before, after, base) is None
+    assert efficiency_of(before, after, base[:1]) is not None  # of one prompt they would
+
+
+@pytest.mark.parametrize(("options", "stays"), [([], True), (["--kl_reference", "reset", "--use_peft"], False)])
+def test_no_efficiency_where_the_reference_moves(options, stays):
+    path = Path(__file__).parents[1] / "recipes/rloo_tall_tree.yaml"
+    parser = RecipeParser((OnlineArguments, RLOOConfig, ModelConfig), defaults=path)
+    args, training_args, _ = parse_recipe(parser, [*options, "--report_to", "none"])
+    assert reference_stays(args, training_args) is stays

@@ -127,6 +127,9 @@ def test_a_place_of_logs_that_is_not_installed(monkeypatch):
     parsed("--report_to", "none")
 
 
+K1 = ("--kl_estimator", "k1", "--kl_placement", "reward")
+
+
 @pytest.mark.parametrize(
     ("kind", "words", "expected"),
     [
@@ -136,9 +139,10 @@ def test_a_place_of_logs_that_is_not_installed(monkeypatch):
         ("rloo", ("--kl_to_go", "false"), (1.0, False)),
         # What has one advantage for a text has it with a target too.
         ("rloo", ("--reward_discount", "none", "--baseline", "none"), (None, False)),
-        ("rloo", ("--reward_discount", "none", "--normalize_advantages"), (None, False)),
+        ("rloo", ("--reward_discount", "none", "--normalize_advantages", *K1), (None, False)),
         ("rloo", ("--kl_placement", "loss"), (0.8, False)),
-        ("grpo", (), (None, False)),  # its YAML has k3 in the loss
+        ("grpo", (), (1.0, True)),
+        ("grpo", ("--kl_estimator", "exact", "--scale_rewards", "none"), (None, False)),  # in the loss, as in its YAML
         ("grpo", ("--kl_placement", "reward", "--importance_sampling_level", "sequence"), (None, False)),
     ],
 )

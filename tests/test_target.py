@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from kl_alliteration import KLPenalty, KLTargetCallback
+from kl_alliteration import CollapseGuardCallback, KLPenalty, KLTargetCallback
 from kl_alliteration._trl import seam_of
 from kl_alliteration.kl import KLWarning
 from kl_alliteration.lab.base_samples import base_samples, first_of_each
@@ -49,7 +49,8 @@ def test_a_blind_target_warns(make_trainer):
 
 
 def test_rewards_and_targets_that_name_no_price():
-    for rewards in (torch.ones(50), torch.full((50,), math.nan)):
+    constant = torch.full((1000,), 0.1, dtype=torch.float64)  # whose mean is not 0.1
+    for rewards in (torch.ones(50), torch.full((50,), math.nan), constant):
         with pytest.raises(ValueError, match="rewards do not differ"):
             price_of_target(rewards, 1.0)
     with pytest.raises(ValueError, match="must be > 0 and finite, got 0"):
@@ -143,6 +144,67 @@ def test_it_holds_what_runs_away_without(make_trainer):
     assert 0.8 * 0.5 < last(0.5) < 1.3 * 0.5
 
 
+@pytest.mark.parametrize("options", [{"num_iterations": 2}, {"steps_per_generation": 2}], ids=str)
+def test_a_batch_has_one_price(make_trainer, options):
+    """In its reward and in every loss of it, however many updates are made of it; the next one has another."""
+    trainer = make_trainer(max_steps=6, learning_rate=0.3, num_generations=4, **options)
+    callback = KLTargetCallback(trainer, 0.05, 3 * COIN)
+    trainer.add_callback(callback)
+    prices, score, loss = [], trainer._generate_and_score_completions, trainer._compute_loss
+
+    def price():
+        return trainer.beta, seam_of(trainer).penalty
+
+    trainer._generate_and_score_completions = lambda inputs: (prices.append([price()]), score(inputs))[1]
+    trainer._compute_loss = lambda *asked: (prices[-1].append(price()), loss(*asked))[1]
+    trainer.train()
+    assert [len(each) for each in prices] == [3, 3, 3]
+    assert all(each.count(each[0]) == 3 for each in prices)
+    assert len({each[0] for each in prices}) == 3
+
+
+def test_a_rollback_of_the_guard_raises_what_a_nat_costs(make_trainer):
+    """Within and beyond, for the rest of the run."""
+    betas = []
+    trainer = make_trainer(max_steps=3)
+    callback = KLTargetCallback(trainer, 0.5, 3 * COIN)
+    trainer.add_callback(callback)
+    guard = CollapseGuardCallback(trainer, "warn")
+    guard.factor = 3.0  # as after a rollback
+    trainer.add_callback(guard)
+    seam_of(trainer).observers.append(lambda rollout: betas.append((trainer.beta, seam_of(trainer).penalty)))
+    trainer.train()
+    assert [beta for beta, _ in betas] == pytest.approx([3 * 4 * callback.rule.full] * 3)
+    assert betas[-1][1].within_budget == pytest.approx(callback.seam.penalty.within_budget, rel=0.7)
+    trainer.train()
+    assert trainer.beta == pytest.approx(3 * 4 * callback.rule.full)  # not nine times
+
+
+def test_what_is_truncated_away_spends_nothing_and_counts_for_nothing(make_trainer):
+    trainer = make_trainer(max_steps=1, mask_truncated_completions=True, learning_rate=0.1, temperature=3.0)
+    callback, told = KLTargetCallback(trainer, 0.5, 3 * COIN), []
+    seam_of(trainer).observers.append(
+        lambda rollout: told.append((rollout.per_token_kl("exact"), rollout.completion_mask))
+    )
+    score = trainer._generate_and_score_completions
+    for _ in range(20):
+        score([{"prompt": "once upon a time"}] * 8)
+    assert callback.seen is None  # not in evaluation
+    trainer.model.train()
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight.mul_(1.5)  # away from the reference
+    for _ in range(20):
+        told.clear()
+        score([{"prompt": "once upon a time"}] * 8)
+        (nats, mask), counted = told[0], told[0][1].sum(-1) > 0
+        if 0 < counted.sum() < 8:
+            break
+    spent, length, _ = callback.seen
+    assert spent == pytest.approx((nats * mask).sum(-1)[counted].mean().item(), rel=1e-5) and spent > 0
+    assert length == pytest.approx(mask.sum(-1)[counted].double().mean().item())
+    assert seam_of(trainer).mean_per_sequence(nats, mask) == pytest.approx(spent, rel=1e-5)
+
+
 @pytest.mark.parametrize("stop", [2, 5])
 def test_interrupted_and_resumed_equals_uninterrupted(make_trainer, tmp_path, stop):
     def make(**options):
@@ -167,6 +229,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(make_trainer, tmp_path, st
         ({"beta": 0.0}, None, "beta must not be 0 with a target"),
         ({}, KLPenalty(budget_per_token=0.1), "no budget"),
         ({}, KLPenalty(reduction="mean"), "reduction 'sum'"),
+        ({}, KLPenalty("exact", "both", direction="forward"), "direction 'reverse'"),
     ],
 )
 def test_what_a_target_does_not_go_with(make_trainer, options, penalty, message):
@@ -175,6 +238,8 @@ def test_what_a_target_does_not_go_with(make_trainer, options, penalty, message)
 
 
 def test_samples_of_the_base_are_rewarded_as_in_training_and_read_again(make_trainer, tmp_path):
+    clipped, _ = base_samples(make_trainer(reward_clip_range=(0.0, 0.5)), 40, resumed=False)
+    assert clipped.max().item() == 0.5  # as the run pays
     trainer = make_trainer(reward_weights=[2.0])
     before = torch.random.get_rng_state()
     rewards, texts = base_samples(trainer, 40, resumed=False)

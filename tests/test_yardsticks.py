@@ -215,3 +215,10 @@ def test_an_efficiency_is_known_to_a_fifth_of_a_nat(reached, known):
     assert (~off.isnan()).double().mean() > 0.9 if known else off.isnan().double().mean() > 0.9
     if known:
         assert off.square().nanmean().sqrt() < 30**-0.5
+
+
+def test_bands_where_a_prompt_has_hardly_a_reward():
+    """A resample without any of its rewards leaves the prompt out."""
+    nan = math.nan
+    points = least_kl(torch.tensor([[0.0, 1.0] + [nan] * 8, [0.0, 1.0] * 5]), [2.0], enough=1, bootstraps=200)
+    assert 0 < points[0]["low"] <= points[0]["reward"] <= points[0]["high"] < 1

@@ -7,6 +7,8 @@ import torch
 from trl.data_utils import _tokenize
 from trl.models import unwrap_model_for_generation
 
+from .baseline import weighted
+
 
 def reference_of(trainer):
     """The reference as a model of its own, TRL's or one that was loaded in its place; `None` where there is none."""
@@ -54,7 +56,5 @@ def rewards_of(trainer, rows: list[dict], completions: list, completion_ids: lis
 
 
 def total_rewards(trainer, rows: list[dict], completions: list, completion_ids: list[list[int]]) -> list[float]:
-    """Those, weighted and summed as the trainer does; NaN where none applies."""
-    found = rewards_of(trainer, rows, completions, completion_ids)
-    total = (found * trainer.reward_weights.to(found.device)).nansum(1)  # (B,)
-    return total.masked_fill(found.isnan().all(1), torch.nan).tolist()
+    """(B,) of those, weighted, summed and clipped as the trainer does; NaN where none applies."""
+    return weighted(trainer, rewards_of(trainer, rows, completions, completion_ids)).tolist()

@@ -8,7 +8,7 @@ from trl.trainer.utils import nanstd, pad
 from .. import kl
 from .baseline import weighted
 from .looking_on import look_on
-from .loss_types import check_loss_type, divisor_of_completions, scale_of_batch
+from .loss_types import check_loss_type, divisor_of_completions, scale_of_batch, scale_of_credit
 from .penalised import Batch, LossPass, PenaltySeam
 from .seam import unknown_order
 
@@ -172,7 +172,7 @@ class GRPOSeam(PenaltySeam):
 
     def credit_tokens(self, output: dict, credit: torch.Tensor) -> torch.Tensor:
         """Advantages of tokens, (B, T), which TRL's loss takes as well: the completion's and what stands on top."""
-        scale = scale_of_batch(self.trainer, self.batch, len(credit))
+        scale = scale_of_credit(self.trainer, self.batch, credit, output["completion_mask"])
         output["advantages"] = output["advantages"].view(len(credit), -1) + scale.unsqueeze(1) * credit
         return output["advantages"]
 

@@ -49,6 +49,21 @@ def scale_of_batch(trainer, batch, rows: int) -> torch.Tensor:
     return scale_of_advantages(trainer, charged)[here : here + rows]
 
 
+def scale_of_credit(trainer, batch, credit: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(B,) by which (B, T) credit of tokens is multiplied: [`scale_of_batch`], and no more than makes it of size 1.
+
+    Rewards of a group that tie leave the penalty's spread alone, by which what each word adds would be a thousand.
+    """
+    scale = scale_of_batch(trainer, batch, len(credit))
+    if trainer.scale_rewards == "none":
+        return scale
+    squares = trainer.accelerator.gather((credit.square() * mask).sum(-1) / mask.sum(-1).clamp(min=1))
+    groups = squares.view(-1, trainer.num_generations if trainer.scale_rewards == "group" else len(squares))
+    sizes = groups.mean(1).sqrt().repeat_interleave(groups.shape[1])
+    here = trainer.accelerator.process_index * len(credit)
+    return scale.minimum(1 / (sizes[here : here + len(credit)].to(scale) + 1e-4))
+
+
 def scale_of_advantages(trainer, charged: torch.Tensor) -> torch.Tensor:
     """(B of all processes,) by which TRL multiplies what a reward, less its penalty, is above its group's mean.
 

@@ -34,6 +34,14 @@ class RLOOSeam(PenaltySeam):
         trainer._get_per_token_logps_and_entropies = self.get_logps
         trainer._compute_loss = self.compute_loss
 
+    def use_penalty(self, penalty) -> None:
+        if penalty.placement == "both" and self.trainer.normalize_advantages:
+            raise ValueError(
+                "normalize_advantages divides the half of a penalty that is in the reward by the batch's spread, and "
+                "not the half in the loss: leave it out, or take placement 'reward'"
+            )
+        super().use_penalty(penalty)
+
     @property
     def is_stock(self) -> bool:
         """Whether TRL makes the penalty of its own log-probabilities, every number the same bit for bit."""

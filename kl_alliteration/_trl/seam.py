@@ -91,6 +91,12 @@ class Seam:
     def beta(self, value: float) -> None:
         self.trainer.beta = value
 
+    @property
+    def batch_is_used_up(self) -> bool:
+        """Whether a new generation batch comes next: a price that moved before would part its reward from its loss."""
+        args = self.trainer.args
+        return self.trainer._step % (args.steps_per_generation * self.trainer.num_iterations) == 0
+
     def strengthen(self, factor: float) -> None:
         """Raise beta, the controller's too where one is in charge."""
         if self.controller is not None:
@@ -131,8 +137,17 @@ class Seam:
         return (total / count.clamp(min=1)).item()
 
     def mean_per_sequence(self, values: torch.Tensor, mask: torch.Tensor) -> float:
-        """Mean over the completions of all processes of what (B, T) values sum to under the mask."""
-        return self.trainer.accelerator.gather((values * mask).sum(-1)).mean().item()
+        """Mean over [`of_texts`]; 0 where none counts."""
+        found = self.of_texts(values, mask)
+        return found.mean().item() if len(found) else 0.0
+
+    def of_texts(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(N,), what (B, T) values sum to under the mask, of the completions of all processes of which a token counts.
+
+        None does of a truncated one under `mask_truncated_completions`.
+        """
+        gather = self.trainer.accelerator.gather
+        return gather((values * mask).sum(-1))[gather(mask.sum(-1)) > 0]
 
     @property
     def metrics(self) -> dict[str, list[float]]:

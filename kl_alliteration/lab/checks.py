@@ -73,6 +73,11 @@ def check_penalty_options(args: OnlineArguments, training_args) -> None:
                 f"kl_to_go is for a penalty in the reward, and kl_placement is {args.penalty.placement!r}: take "
                 "'both', or leave kl_to_go out"
             )
+    if getattr(training_args, "normalize_advantages", False) and args.penalty.placement == "both":
+        raise ValueError(
+            "normalize_advantages divides the half of a penalty that is in the reward by the batch's spread, and not "
+            "the half in the loss: leave it out, or take --kl_placement reward"
+        )
     if args.baseline == "none" and (args.kl_to_go or args.reward_discount is not None):
         raise ValueError(
             "baseline 'none' goes with --reward_discount none and --kl_to_go false: by token, texts are compared "

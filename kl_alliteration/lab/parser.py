@@ -130,6 +130,12 @@ class RecipeParser(TrlParser):
         if target is not None and not self.namespace.beta and not {"--beta", "beta"} & {*self.words, *self.spelled}:
             self.namespace.beta = 1.0  # which the target sets. GRPO's own is 0, and TRL then loads no reference
         if target is not None and "--target_kl_per_sequence" in self.words:
+            if "--kl_within_budget" in self.words:
+                raise ValueError("target_kl_per_sequence sets the price within the budget: leave kl_within_budget out")
+            if not {"--kl_estimator", "--kl_placement"} & {*self.words}:
+                sampled = self.namespace.kl_estimator in kl.SAMPLED
+                if sampled and self.namespace.kl_placement != "reward":  # which keeps no budget: GRPO's own k3
+                    self.namespace.kl_estimator, self.namespace.kl_placement = "exact", "both"
             of_texts = self.namespace.baseline == "none" or self.namespace.kl_placement == "loss"
             of_texts = of_texts or any(getattr(self.namespace, name, takes) != takes for name, takes in TAKES.items())
             for name, value in (SET_BY_TARGET | ({} if of_texts else BY_TOKEN)).items():

@@ -108,8 +108,21 @@ def check_target(args, training_args) -> None:
         raise ValueError(f"target_kl_per_sequence and kl_controller {args.kl_controller!r} both move beta: take one")
     if args.penalty.budget_per_token is not None:
         raise ValueError("target_kl_per_sequence sets the budget: leave kl_budget_per_token out, or make it `none`")
-    if args.penalty.reduction != "sum":
-        raise ValueError(f"target_kl_per_sequence needs kl_reduction 'sum', got {args.penalty.reduction!r}")
+    for name, takes in {"reduction": "sum", "direction": "reverse"}.items():
+        if (value := getattr(args.penalty, name)) != takes:
+            raise ValueError(f"target_kl_per_sequence needs kl_{name} {takes!r}, got {value!r}")
+    if args.penalty.in_loss and not args.penalty.full_vocabulary:
+        raise ValueError(
+            f"target_kl_per_sequence has a budget, which in the loss no sampled estimate can keep: with kl_placement "
+            f"{args.penalty.placement!r} take kl_estimator 'exact', got {args.penalty.estimator!r}"
+        )
+    if not args.penalty.in_reward and getattr(training_args, "scale_rewards", "none") != "none":
+        raise ValueError(
+            "target_kl_per_sequence has its price beside rewards, and in GRPO's loss a nat stands beside rewards over "
+            "their spread: take kl_placement 'both', or scale_rewards 'none'"
+        )
+    if training_args.sync_ref_model:
+        raise ValueError("target_kl_per_sequence needs a reference that stays: leave sync_ref_model out")
     if args.kl_reference not in ("start", "base", "loaded"):
         raise ValueError(
             f"target_kl_per_sequence needs a reference that the run begins at, got kl_reference {args.kl_reference!r}"

@@ -40,7 +40,7 @@ from .base_samples import base_samples
 from .checked_rewards import load_rewards
 from .checks import check_options
 from .figures import plot_curves
-from .frontier import EfficiencyCallback, efficiency_of, read_base_rewards
+from .frontier import EfficiencyCallback, efficiency_of, read_base_rewards, reference_stays
 from .gguf import as_folder
 from .hub import push, write_card
 from .inputs import check_lengths, load_held_out, load_policy, load_prompts, load_tokenizer, share_template_options
@@ -72,8 +72,7 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
 
     `base_rewards`: (P, M) rewards of the base where they are known; else a target samples them.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    steps = trainer.args.ref_model_sync_steps
+    model, steps = trainer.accelerator.unwrap_model(trainer.model), trainer.args.ref_model_sync_steps
     if args.kl_reference == "loaded":
         use_loaded_reference(trainer, on_cpu=args.kl_reference_on_cpu)
     elif args.kl_reference not in REFERENCES:
@@ -104,14 +103,15 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
     target = args.target_kl_per_sequence
     if args.plots or args.plot_price or (target is not None and base_rewards is None):
         base = base_samples(trainer, args.base_samples, resumed=trainer.args.resume_from_checkpoint is not None)
-        base_rewards = base.rewards if base_rewards is None else base_rewards
+        if base_rewards is None and (args.kl_reference == "start" or not args.adapter_name_or_path):
+            base_rewards = base.rewards
     if target is not None:
         callback = KLTargetCallback(trainer, target, base_rewards, args.penalty)
         trainer.add_callback(callback)
         say(trainer.args, callback.price.in_words())
     if args.plots or args.plot_price:
         trainer.add_callback(PlotMonitorCallback(trainer, plots_of(model_name_or_path, base.texts), base.texts))
-    if base_rewards is not None and not args.plot_price:  # whose rewards in training are not the base's
+    if base_rewards is not None and reference_stays(args, trainer.args) and not args.plot_price:  # one reward more
         trainer.add_callback(EfficiencyCallback(trainer, base_rewards))
     if args.kl_monitor:
         trainer.add_callback(KLMonitorCallback(trainer, exact=exact))
