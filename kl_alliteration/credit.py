@@ -89,8 +89,8 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> N
     what stood before it: noise, which is paid in KL. Here the reward of a completion is what its prefixes add to it,
     `r_t = R(tokens up to t) - R(tokens before t)`, and token t gets the sum of `r` from t on less the mean of that in
     its group, RLOO's without itself (reward-to-go; Sutton et al. 2000). On average that is the same gradient. The
-    penalty stays where it is, on the whole completion, and so does the spread by which GRPO divides. Proven by
-    enumeration in `tests/test_reward_to_go.py`.
+    penalty stays where it is, on the whole completion, and so does the spread by which GRPO divides, but where rewards
+    tie: what tokens add is divided by its own size at least. Proven by enumeration in `tests/test_reward_to_go.py`.
 
     With a `discount` below 1 a reward that comes n tokens later counts `discount ** n`. That is another objective,
     which looks 1 / (1 - discount) tokens ahead: less noise again, and a token is no longer paid for what the text

@@ -259,7 +259,7 @@ class KLPenaltyCallback(TrainerCallback):
 
     Raises:
         `ValueError`: for a model whose head the estimate cannot read; on GRPO for a penalty in the reward beside
-            `multi_objective_aggregation="normalize_then_sum"`.
+            `multi_objective_aggregation="normalize_then_sum"`, on RLOO for one in both beside `normalize_advantages`.
 
     Example:
 
