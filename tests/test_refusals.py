@@ -152,6 +152,15 @@ def test_a_target_is_credited_by_token(kind, words, expected):
     assert args.kl_budget_per_token is None and args.kl_opening_tokens == 0
 
 
+def test_a_target_s_price_stands_beside_rewards():
+    """GRPO's loss has them over their spread. A placement that is typed stays; one that is not becomes exact in both."""
+    target = "--target_kl_per_sequence", "6"
+    assert "take kl_placement 'both'" in refused(*target, "--kl_estimator", "exact", kind="grpo")
+    assert "take kl_estimator 'exact'" in refused(*target, "--kl_placement", "loss", kind="grpo")
+    penalty = parsed(*target, kind="grpo")[0].penalty
+    assert (penalty.estimator, penalty.placement) == ("exact", "both")
+
+
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
 def test_the_recipe_of_a_target_steps_by_a_length(tmp_path, kind):
     """SGD's steps have a length only while gradients are clipped. It credits by token, as a typed target does."""
