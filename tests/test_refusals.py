@@ -153,7 +153,7 @@ def test_a_target_is_credited_by_token(kind, words, expected):
 
 
 def test_a_target_s_price_stands_beside_rewards():
-    """GRPO's loss has them over their spread. A placement that is typed stays; one that is not becomes exact in both."""
+    """GRPO's loss has them over their spread. What is typed stays; what is not becomes exact in both."""
     target = "--target_kl_per_sequence", "6"
     assert "take kl_placement 'both'" in refused(*target, "--kl_estimator", "exact", kind="grpo")
     assert "take kl_estimator 'exact'" in refused(*target, "--kl_placement", "loss", kind="grpo")
