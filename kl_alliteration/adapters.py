@@ -8,6 +8,7 @@ from huggingface_hub import file_exists
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ._trl import why_off_is_not_the_base
 from .story_lm import MODEL_PATH
 
 # What an adapter calls the embedded model: a path would be true on one machine only.
@@ -156,24 +157,51 @@ def merge(model: PeftModel) -> PreTrainedModel:
     return merged
 
 
+def beside_its_product(config: PeftConfig) -> list[str]:
+    """What an adapter trains beside the product of LoRA's two matrices, by the options that say so."""
+    names = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "layer_replication")
+    found = [name for name in names if getattr(config, name, None)]
+    return found + (["bias"] if getattr(config, "bias", "none") != "none" else [])
+
+
+def check_stacks(config: PeftConfig) -> None:
+    """`ValueError` for an adapter whose sum with another is none."""
+    more = beside_its_product(config)
+    if not isinstance(config, LoraConfig) or more:
+        raise ValueError(
+            f"a stack of adapters is one adapter for plain LoRA alone, got {config.peft_type.value} {' '.join(more)}: "
+            "merge the lower one (recipes/merge_adapter.py) and start from that"
+        )
+
+
+@torch.no_grad()
 def save_stacked(below: str, above: str, folder: str) -> None:
     """Save as one adapter the sum of two: `below`, and `above`, which was trained on base and `below` merged.
 
-    Exact: the ranks are put side by side, so the sum of both updates loads on the base alone.
+    The ranks are put side by side, so the sum of both updates loads on the base alone.
 
     Args:
         below, above (`str`): Adapters, folder or Hub id. Plain LoRA only: the sum of two DoRA adapters is none.
         folder (`str`): Where it goes.
+
+    Raises:
+        `ValueError`: for any other adapter, and where the sum's log-probabilities are not those of the two.
     """
+    for name in (below, above):
+        check_stacks(PeftConfig.from_pretrained(name))
     model = load_adapter(below)
     model.load_adapter(above, "above")
+    model.eval()
     for config in model.peft_config.values():
-        if config.use_dora:
-            raise ValueError("a stack of adapters cannot be one adapter with DoRA: merge the lower one and save it")
+        config.use_rslora = False  # each has its scale by now, and the sum's is 1
+    model.base_model.set_adapter([ADAPTER, "above"])
+    both = probe(model)
     model.add_weighted_adapter([ADAPTER, "above"], [1.0, 1.0], "stacked", combination_type="cat")
     model.set_adapter("stacked")
     model.delete_adapter(ADAPTER)
     model.add_weighted_adapter(["stacked"], [1.0], ADAPTER, combination_type="cat")
+    model.set_adapter(ADAPTER)
+    check_agreement(probe(model), both, model.dtype, "the sum of the two adapters")
     name_base(model)
     model.save_pretrained(folder, selected_adapters=[ADAPTER])
 
@@ -196,7 +224,8 @@ def go_back(model: PreTrainedModel | PeftModel, fraction: float, base: PreTraine
         base ([`~transformers.PreTrainedModel`], *optional*): What a whole model was trained from; on its device.
 
     Raises:
-        `ValueError`: for a fraction outside of 0 to 1, and an adapter that is not a product of two matrices alone.
+        `ValueError`: for a fraction outside of 0 to 1, and an adapter that is not a product of two matrices alone, or
+            that starts with a part of the base in it (PiSSA).
     """
     check_fraction(fraction)
     if fraction == 1:
@@ -206,10 +235,11 @@ def go_back(model: PreTrainedModel | PeftModel, fraction: float, base: PreTraine
             parameter.copy_(torch.lerp(other.to(parameter.dtype), parameter, fraction))
         return
     for config in model.peft_config.values():
-        more = [name for name in ("use_dora", "modules_to_save") if getattr(config, name, None)]
-        more += ["bias"] if getattr(config, "bias", "none") != "none" else []
+        more = beside_its_product(config)
         if not isinstance(config, LoraConfig) or more:
             raise ValueError(f"only plain LoRA can go part of the way, got {config.peft_type.value} {' '.join(more)}")
+    if reason := why_off_is_not_the_base(model):
+        raise ValueError(f"only an adapter whose off is its base can go part of the way back to it: {reason}")
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "lora_embedding_B" in name:
             parameter.mul_(fraction)

@@ -200,19 +200,25 @@ class KLControlCallback(TrainerCallback):
         if kl_estimator in kl.FULL_VOCABULARY:
             self.seam.scorer.need_hidden_states()
         self.seam.observers.append(self.observe)
-        self.seen = None  # (KL per token, completions) of the last generation batch
-        self.seam.controller, self.seam.beta = controller, controller.value
+        self.seen = None  # (KL per token, tokens, completions) of what was sampled since the last update
+        self.seam.charge(controller.value)
 
     def observe(self, rollout: kl.Rollout) -> None:
         if self.trainer.model.training:
-            kl_per_token = self.seam.mean_per_token(rollout.per_token_kl(self.kl_estimator), rollout.completion_mask)
-            self.seen = kl_per_token, len(rollout.logps) * self.trainer.accelerator.num_processes
+            mask, accelerator = rollout.completion_mask, self.trainer.accelerator
+            mean, tokens = self.seam.mean_per_token(rollout.per_token_kl(self.kl_estimator), mask), mask.sum().float()
+            tokens, completions = accelerator.reduce(tokens, "sum").item(), len(mask) * accelerator.num_processes
+            if self.seen is not None:  # several batches are one update
+                before, earlier, others = self.seen
+                mean = (before * earlier + mean * tokens) / max(1.0, earlier + tokens)
+                tokens, completions = earlier + tokens, others + completions
+            self.seen = mean, tokens, completions
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.get(self.STATE)
         if saved and state.global_step:
             self.restore(saved["attributes"], saved["args"].get("rule", type(self.controller).__name__))
-        self.seam.beta = self.controller.value
+        self.seam.charge(self.controller.value)
 
     def restore(self, attributes: dict, rule: str) -> None:
         """Go on with what a rule has come to; what it is asked to do stays what it is asked now."""
@@ -237,7 +243,8 @@ class KLControlCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.seen is not None and self.seam.batch_is_used_up:
-            self.seam.beta = self.controller.update(*self.seen)
+            kl_per_token, _, completions = self.seen
+            self.seam.charge(self.controller.update(kl_per_token, completions))
             self.seen = None
         rule = type(self.controller).__name__
         state.stateful_callbacks[self.STATE] = {"args": {"rule": rule}, "attributes": vars(self.controller).copy()}

@@ -6,7 +6,7 @@ Sampling is by temperature alone and the judge is separate from the trainer, so 
 import inspect
 import math
 import statistics
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple
@@ -15,6 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, TrainerState
 
+from .sampling_options import INDIFFERENT
 from .text import as_dialogue, different_share, distinct_n, pairs_per_100_words
 
 AT_ONCE = 2**27  # logits that are held at a time
@@ -109,6 +110,23 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
     return found
 
 
+@contextmanager
+def own_options_left_out(model):
+    """Within it `generate` samples by its options alone: what they leave unset it would take from the model's own."""
+    holders = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    before = [(each, vars(each).get("generation_config")) for each in holders]
+    try:
+        for each, own in before:
+            if own is not None:
+                kept = {name: getattr(own, name) for name in INDIFFERENT if hasattr(own, name)}
+                each.generation_config = GenerationConfig(**kept)
+        yield
+    finally:
+        for each, own in before:
+            if own is not None:
+                each.generation_config = own
+
+
 class Sampled(NamedTuple):
     """Completions of B rows, as a trainer of TRL's has them."""
 
@@ -141,7 +159,8 @@ def sample_rows(model, tokenizer, rows: list[dict], config: GenerationConfig, to
     tensors = [torch.tensor(ids, dtype=torch.long, device=model.device) for ids in prompts]
     padded = pad_sequence(tensors, True, config.pad_token_id or 0, padding_side="left")  # (B, P)
     prompt_mask = pad_sequence([torch.ones_like(ids) for ids in tensors], True, 0, padding_side="left")
-    ids = model.generate(input_ids=padded, attention_mask=prompt_mask, generation_config=config)
+    with own_options_left_out(model):
+        ids = model.generate(input_ids=padded, attention_mask=prompt_mask, generation_config=config)
     completion = ids[:, padded.shape[1] :]  # (B, T)
     ends = torch.as_tensor(config.eos_token_id if config.eos_token_id is not None else [], device=ids.device)
     stops = torch.isin(completion, ends).int()
@@ -174,7 +193,12 @@ def ask_reward(reward, rows: list[dict], completions: list, completion_ids: list
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         columns = {each.name: columns[each.name] for each in parameters if each.name in columns}
     asked = {"prompts": [row["prompt"] for row in rows], "completions": completions} | columns
-    return [math.nan if value is None else float(value) for value in reward(**asked)]
+    if inspect.iscoroutinefunction(reward):
+        raise ValueError("reward: an asynchronous one is a trainer's to ask; give a function that returns the rewards")
+    answer = list(reward(**asked))
+    if len(answer) != len(completions):
+        raise ValueError(f"reward: {len(answer)} answers for {len(completions)} completions: return one for each")
+    return [math.nan if value is None else float(value) for value in answer]
 
 
 def _no_log(*values) -> None:
@@ -231,7 +255,15 @@ def judge(
         seed (`int`): Of the sampling; torch's random state is put back afterwards.
         columns (`dict[str, list]`, *optional*): Further columns of the data set, one value a prompt.
         tokenize (callable, *optional*): `(rows) -> list[list[int]]`, where it is not TRL's way for online trainers.
+
+    Raises:
+        `ValueError`: without a prompt, for `adapter_off_is_reference` of a model without an adapter, and for a reward
+            that is asynchronous or does not answer for each completion.
     """
+    if not len(prompts):
+        raise ValueError("prompts: there is none to judge by")
+    if adapter_off_is_reference and not hasattr(model, "disable_adapter"):
+        raise ValueError("adapter_off_is_reference: the model has no adapter; give a ref_model")
     config = plain_sampling(model, tokenizer, max_new_tokens, temperature)
     values = (columns or {}).values()
     rows = [

@@ -114,7 +114,8 @@ class CollapseGuardCallback(TrainerCallback):
             self.protect(args, state, self.last_good)
         state.stateful_callbacks[self.STATE] = {
             "args": {},
-            "attributes": {"first_distinct_2": self.first_distinct_2, "recent": self.recent},
+            "attributes": {"first_distinct_2": self.first_distinct_2, "recent": self.recent}
+            | {"factor": self.factor, "rollbacks": self.rollbacks},
         }
         broken = self.limits.broken(self.mean()) if len(self.recent) == self.smoothing else []
         if not broken or self.collapse:
@@ -147,6 +148,9 @@ class CollapseGuardCallback(TrainerCallback):
         if state.global_step and (saved := state.stateful_callbacks.get(self.STATE)):
             self.first_distinct_2 = saved["attributes"]["first_distinct_2"]
             self.recent = saved["attributes"].get("recent", [])
+            # Of another process's rollbacks; this one's own are beyond what a checkpoint from before them knows.
+            self.factor = max(self.factor, saved["attributes"].get("factor", 1.0))
+            self.rollbacks = min(self.rollbacks, saved["attributes"].get("rollbacks", self.rollbacks))
         if self.factor != 1:
             self.seam.strengthen(self.factor)  # what the checkpoint brought back was too weak
 
@@ -161,6 +165,5 @@ class CollapseGuardCallback(TrainerCallback):
             self.rollbacks -= 1
             forget_batches(self.trainer)
             self.factor *= self.stronger
-            self.seam.beta = self.trainer.args.beta
             output = self.trainer.train(resume_from_checkpoint=self.last_good)
         return output

@@ -5,7 +5,7 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 from . import kl
-from ._trl import seam_of
+from ._trl import seam_of, why_off_is_not_the_base
 from .adapters import ADAPTER, REFERENCE, check_trains
 
 
@@ -46,8 +46,8 @@ class ReferenceCallback(TrainerCallback):
             would take the adapter that training started from.
 
     Raises:
-        `ValueError`: without an adapter, with an unknown reference, or for a moving reference under ZeRO-3, which
-            shards it.
+        `ValueError`: without an adapter, with one that changes its base (PiSSA), with an unknown reference, or for a
+            moving reference under ZeRO-3, which shards it.
     """
 
     MOVES = False
@@ -69,6 +69,11 @@ class ReferenceCallback(TrainerCallback):
                 self.model.delete_adapter(REFERENCE)
         else:
             if REFERENCE not in self.model.peft_config:
+                if reason := why_off_is_not_the_base(self.model):  # a second one would change the base again
+                    raise ValueError(
+                        f"with its adapter off this model is not its base: {reason}. A reference that starts from the "
+                        "adapter, or moves, cannot be kept beside it: take use_loaded_reference(trainer)"
+                    )
                 self.model.add_adapter(REFERENCE, self.model.peft_config[ADAPTER])
                 self.model.set_adapter(ADAPTER)
             self.move_reference(1.0)
@@ -153,6 +158,8 @@ class ResetReferenceCallback(ReferenceCallback):
 
     def observe(self, rollout: kl.Rollout) -> None:
         super().observe(rollout)
+        if not self.trainer.model.training:
+            return
         self.last_kl = self.seam.mean_per_sequence(rollout.ref_log_ratio, rollout.completion_mask)
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):

@@ -183,22 +183,21 @@ class KLTargetCallback(TrainerCallback):
         price = self.price.price
         self.rule = PriceRule(START * price, kl_per_sequence, full=price)
         self.wall = 1.0  # of the target
-        self.value = 1.0  # of the rule's prices: what a rollback of the guard raises
         self.length: float | None = None  # tokens of a completion, smoothed
-        # Of the last generation batch: KL per sequence, length, and the most that a text spends of its share.
+        # Of what was sampled since the last update: KL per sequence, length, the most that a text spends of its share.
         self.seen: tuple[float, float, float] | None = None
+        self.texts: list[torch.Tensor] = []  # and of the texts in it KL and length, (2, N) a batch
         # Before the first batch, in which no policy has spent anything, a length is unknown: the longest.
         budget = kl_per_sequence / trainer.max_completion_length
         self.seam.use_penalty(replace(penalty, budget_per_token=budget))
         self.estimator = penalty.estimator if penalty.full_vocabulary else "k1"
         self.seam.observers.append(self.observe)
-        self.seam.controller = self
         self._apply()
 
     def _apply(self) -> None:
         length = self.length or self.trainer.max_completion_length
         beta = WALL * max(self.price.price, self.rule.value)
-        self.seam.beta = self.value * beta
+        self.seam.charge(beta)
         self.seam.penalty = replace(
             self.seam.penalty,
             budget_per_token=self.wall * self.price.target_kl_per_sequence / length,
@@ -216,7 +215,11 @@ class KLTargetCallback(TrainerCallback):
         self.seam.metrics["kl/target_use"].append(spent / target)
         self.seam.metrics["kl/wall"].append(self.wall)
         if self.trainer.model.training and math.isfinite(spent):
-            length = lengths.mean().item()
+            if self.seen is None:
+                self.texts = []
+            self.texts.append(torch.stack([of_texts, lengths]))
+            of_texts, lengths = torch.cat(self.texts, dim=1)
+            spent, length = of_texts.mean().item(), lengths.mean().item()
             self.seen = spent, length, (of_texts / lengths).max().item() * length / target
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -225,7 +228,6 @@ class KLTargetCallback(TrainerCallback):
             own = saved["attributes"]
             self.wall, self.length = own["wall"], own["length"]
             vars(self.rule).update({name: own[name] for name in self.rule.STATE})
-        self.value = 1.0
         self._apply()
 
     def on_step_end(self, args, state, control, **kwargs):

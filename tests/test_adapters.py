@@ -238,6 +238,16 @@ def test_reset_at_steps_and_at_a_bound(make_trainer):
     assert any(e.get("kl/reference_resets") for e in trainer.state.log_history)
 
 
+def test_no_evaluation_resets_the_reference(make_trainer):
+    trainer = make_trainer(lora=default_lora_config(), max_steps=4, num_iterations=2, learning_rate=0.1)
+    reset = ResetReferenceCallback(trainer, kl_per_sequence=1e-4)
+    trainer.add_callback(reset)
+    trainer.train()
+    seen = reset.last_kl = 5.0
+    trainer.evaluate(trainer.train_dataset.select(range(4)))
+    assert reset.last_kl == seen
+
+
 def test_reset_forgets_the_optimizer_only_when_asked(make_trainer):
     for asked in (False, True):
         trainer = make_trainer(lora=default_lora_config(), max_steps=2)
@@ -307,11 +317,14 @@ def test_a_merge_that_loses_the_adapter_is_refused(monkeypatch):
         merge(model)
 
 
-def test_a_stack_is_one_adapter_on_the_base(tmp_path):
+@pytest.mark.parametrize("rslora", [(), ("below",), ("above",), ("below", "above")], ids=str)
+def test_a_stack_is_one_adapter_on_the_base(tmp_path, rslora):
     base_model("llama").save_pretrained(tmp_path / "base")
 
     def adapted(model, r, seed):
-        made = get_peft_model(model, LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM"))
+        scaled = {"use_rslora": ("above" if seed == 2 else "below") in rslora}
+        config = LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM", **scaled)
+        made = get_peft_model(model, config)
         set_seed(seed)
         for name, parameter in made.named_parameters():
             if "lora_B" in name:
@@ -327,6 +340,23 @@ def test_a_stack_is_one_adapter_on_the_base(tmp_path):
     assert one.peft_config["default"].r == 5
     torch.testing.assert_close(probe(one.eval()), probe(above.eval()), atol=1e-5, rtol=0)
     assert sorted(os.listdir(tmp_path / "one")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"trainable_token_indices": [1]}],
+    ids=str,
+)
+def test_what_has_no_sum_is_no_stack(tmp_path, options):
+    """Said before anything is trained, and where two are to be one."""
+    base_model("llama").save_pretrained(tmp_path / "base")
+    for name, more in (("plain", {}), ("other", options)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **more)
+        get_peft_model(model, config).save_pretrained(tmp_path / name)
+    for below, above in (("plain", "other"), ("other", "plain")):
+        with pytest.raises(ValueError, match=f"one adapter for plain LoRA alone, got LORA {next(iter(options))}"):
+            save_stacked(str(tmp_path / below), str(tmp_path / above), str(tmp_path / "one"))
 
 
 class Killer:

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from kl_alliteration import KLControlCallback, control
+from kl_alliteration._trl import seam_of
 
 
 def test_the_study_s_rule_by_hand():
@@ -147,6 +148,29 @@ def test_once_for_each_generation_batch(make_trainer):
     trainer._compute_loss = lambda *asked: (betas.append(trainer.beta), loss(*asked))[1]
     trainer.train()
     assert calls == [8, 8] and betas == pytest.approx([0.3, 0.3, 0.4, 0.4]) and trainer.beta == pytest.approx(0.5)
+
+
+def test_all_batches_of_a_step_are_one_update(make_trainer):
+    """Four batches of 8 a step: their KL pooled over tokens, and all of their completions."""
+    told, sampled = [], []
+
+    class Watched(control.FixedBeta):
+        def update(self, kl_per_token, generations):
+            told.append((kl_per_token, generations))
+            return self.value
+
+    trainer = make_trainer(max_steps=2, gradient_accumulation_steps=4, steps_per_generation=1, learning_rate=0.1)
+    trainer.add_callback(KLControlCallback(trainer, Watched(0.3)))
+    seam_of(trainer).observers.append(
+        lambda rollout: sampled.append(((rollout.ref_log_ratio * rollout.completion_mask).sum().item(),
+                                        rollout.completion_mask.sum().item()))
+    )  # fmt: skip
+    trainer.train()
+    pooled = [
+        (sum(kl for kl, _ in some) / sum(tokens for _, tokens in some), 32) for some in (sampled[:4], sampled[4:])
+    ]
+    assert [generations for _, generations in told] == [32, 32] and len(sampled) == 8
+    assert [kl for kl, _ in told] == pytest.approx([kl for kl, _ in pooled], rel=1e-4) and told[1][0] > 0
 
 
 def test_beta_zero_is_refused_with_the_reason(make_trainer):

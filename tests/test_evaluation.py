@@ -1,10 +1,11 @@
+import copy
 import math
 
 import pytest
 import torch
-from conftest import WORDS
+from conftest import WORDS, reward
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from kl_alliteration import judge
 
@@ -74,3 +75,34 @@ def test_with_an_adapter_the_base_is_the_reference(model, tokenizer):
         if "lora_B" in name:
             torch.nn.init.normal_(weight)
     assert abs(judge(peft, tokenizer, PROMPTS, no_reward, **options).kl_per_sequence) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "own", [{"repetition_penalty": 1.3}, {"min_p": 0.9}, {"suppress_tokens": [3]}, {"min_new_tokens": 5}], ids=str
+)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_it_samples_by_temperature_whatever_the_model_says(model, tokenizer, own, lora):
+    """transformers fills what options leave unset from the model's own. It writes what a model without them does."""
+    judged = []
+    for options in ({}, own):
+        each = copy.deepcopy(model)
+        each.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0, **options)
+        before = copy.deepcopy(each.generation_config)
+        each = get_peft_model(each, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")) if lora else each
+        judged.append(judge(each, tokenizer, PROMPTS, reward, max_new_tokens=8))
+        assert each.generation_config.to_dict() == before.to_dict()
+    assert judged[0].completions == judged[1].completions
+
+
+def test_what_nobody_can_judge_is_said(model, tokenizer):
+    async def slowly(completions, **columns):
+        return [0.0] * len(completions)
+
+    for prompts, how, options, words in [
+        ([], reward, {}, "prompts: there is none"),
+        (PROMPTS, lambda completions, **columns: [1.0], {}, "reward: 1 answers for .* return one for each"),
+        (PROMPTS, slowly, {}, "reward: an asynchronous one"),
+        (PROMPTS, reward, {"adapter_off_is_reference": True}, "the model has no adapter"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            judge(model, tokenizer, prompts, how, max_new_tokens=3, **options)

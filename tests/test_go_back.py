@@ -60,13 +60,19 @@ def test_an_adapter_as_peft_scales_it(fraction):
         LoraConfig(r=2, target_modules=["q_proj"], use_dora=True),
         LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
         LoraConfig(r=2, target_modules=["q_proj"], bias="all"),
+        LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1]),
         IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
     ],
-    ids=["dora", "modules_to_save", "bias", "ia3"],
+    ids=["dora", "modules_to_save", "bias", "trainable tokens", "ia3"],
 )
 def test_what_is_no_product_is_refused(config):
     with pytest.raises(ValueError, match="only plain LoRA"):
         go_back(with_adapter(config), 0.5)
+
+
+def test_an_adapter_with_a_part_of_the_base_in_it_is_refused():
+    with pytest.raises(ValueError, match="whose off is its base can go part of the way back to it: init_lora_weights"):
+        go_back(with_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")), 0.5)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kl_alliteration import CollapseGuardCallback, CollapseLimits, KLControlCallback, control
+from kl_alliteration._trl import seam_of
 from kl_alliteration.kl import KLWarning
 
 ALWAYS = CollapseLimits(different_share=1.1)  # no batch reaches it
@@ -122,3 +123,41 @@ def test_a_resumed_guard_goes_on_with_the_batches_before(make_trainer, tmp_path)
 
     whole = run("whole")
     assert len(whole) == 2 and whole[0] and run("half", str(tmp_path / "whole/checkpoint-2")) == whole
+
+
+@pytest.mark.parametrize("first", ["guard", "rule"])
+@pytest.mark.parametrize("kind", ["pi", "schedule", "none"])
+def test_a_stronger_penalty_stays(make_trainer, kind, first):
+    """Whatever rule makes beta anew at each step, in whatever order the callbacks came; once, not each time."""
+
+    def run(factor):
+        trainer, betas = make_trainer(max_steps=3), []
+        guard = CollapseGuardCallback(trainer, "warn")
+        guard.factor = factor
+        rule = {"pi": lambda: control.LogPIRule(0.5, 1e3), "schedule": lambda: control.Schedule(0.5, 0.1, 24)}.get(
+            kind
+        )
+        callbacks = [guard, *([KLControlCallback(trainer, rule())] if rule else [])]
+        for callback in callbacks if first == "guard" else callbacks[::-1]:
+            trainer.add_callback(callback)
+        seam_of(trainer).observers.append(lambda rollout: betas.append(trainer.beta))
+        trainer.train()
+        trainer.train()
+        return betas
+
+    plain = run(1.0)
+    assert run(3.0) == pytest.approx([3 * beta for beta in plain]) and len(plain) == 6
+
+
+def test_another_process_goes_on_with_the_stronger_penalty(make_trainer, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(max_steps=2, **options)
+    guard = CollapseGuardCallback(trainer, "rollback", rollbacks=3)
+    guard.factor, guard.rollbacks = 4.0, 1  # as after two
+    trainer.add_callback(guard)
+    trainer.train()
+    resumed = make_trainer(max_steps=3, **options)
+    again = CollapseGuardCallback(resumed, "rollback", rollbacks=3)
+    resumed.add_callback(again)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (resumed.beta, again.factor, again.rollbacks) == (2.0, 4.0, 1)  # 4 times 0.5

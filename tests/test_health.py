@@ -243,3 +243,26 @@ def test_what_is_no_run_is_said_in_one_line(tmp_path, command, content, message)
         examine(folder)
     status, out, err = command(folder)
     assert status == 2 and len(err.splitlines()) == 1 and not out
+
+
+def test_odd_folders_and_entries_are_read_as_far_as_they_can_be(tmp_path, command):
+    run = tmp_path / "run"
+    for name, kl in (("checkpoint-20", 2.0), ("checkpoint-9", 0.1), ("checkpoint-final2", 0.1)):
+        (run / name).mkdir(parents=True)
+        (run / name / "trainer_state.json").write_text(json.dumps({"log_history": entries(kl=kl)}))
+    assert "explodes" in command(run)[1]  # the newest by number
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    for log in (None, "none", [None, 3]):
+        (odd / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+        status, _, err = command(odd)
+        assert status == 2 and "holds no entry with a loss" in err
+    for step in (None, "3.0", math.inf):
+        found = diagnose([entry | {"step": step} for entry in entries(kl=0.005)])
+        assert found == []
+
+
+def test_what_is_learnt_from_given_texts_is_no_collapse():
+    log = [{name: value for name, value in entry.items() if name not in ("reward", "kl", "beta")}
+           for entry in entries(entropy=lambda i: 1.7 - 0.1 * i)]  # fmt: skip
+    assert diagnose(log) == []

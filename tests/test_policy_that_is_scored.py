@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from kl_alliteration import KLControlCallback, KLMonitorCallback, KLPenalty, KLP
 from kl_alliteration._trl import leave_baseline_out, seam_of
 from kl_alliteration.control import FixedBeta
 from kl_alliteration.kl import KLWarning
-from kl_alliteration.references import use_loaded_reference
+from kl_alliteration.references import ReferenceCallback, ResetReferenceCallback, use_loaded_reference
 
 V = len(WORDS)
 ENDS = {"eos_token_id": 0, "bos_token_id": None, "pad_token_id": 1}
@@ -110,6 +111,44 @@ def test_left_padded_prompts_are_scored_where_they_stand(trainer_of, penalty):
         assert trainer._compute_loss(trainer.model, output).isfinite()
 
 
+def said_of(trainer, prompts) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer._generate_and_score_completions([{"prompt": p} for p in prompts for _ in range(2)])
+    return [str(each.message) for each in caught if each.category is KLWarning]
+
+
+def test_it_asks_of_rows_that_are_padded_wherever_they_are(trainer_of):
+    """The first rows have the longest prompt; then no row of the first batch is padded, and of the second one is."""
+    moves = "padding moves the positions"
+    trainer = trainer_of("gpt2", disable_dropout=True)
+    KLMonitorCallback(trainer)
+    (said,) = said_of(trainer, sorted(RAGGED, key=len, reverse=True))
+    assert moves in said
+    trainer = trainer_of("gpt2", disable_dropout=True)
+    KLMonitorCallback(trainer)
+    assert said_of(trainer, ["once upon"] * 4) == []
+    (said,) = said_of(trainer, RAGGED)
+    assert moves in said and said_of(trainer, RAGGED) == []
+
+
+def test_it_asks_of_rows_that_count(trainer_of):
+    """The first completions are cut off and masked: of nothing, nothing differs."""
+    trainer = trainer_of("gpt2", disable_dropout=True)
+    seam = seam_of(trainer)
+    KLMonitorCallback(trainer)
+    score = seam.scorer.score_checked
+
+    def without_the_first(model, ids, mask, length, *asked, **kwargs):
+        mask = mask.clone()
+        mask[:4, -length:] = 0
+        return score(model, ids, mask, length, *asked, **kwargs)
+
+    seam.scorer.score_checked = without_the_first
+    (said,) = said_of(trainer, RAGGED)
+    assert "padding moves the positions" in said
+
+
 def test_prompts_of_one_length_are_silent(trainer_of, recwarn):
     trainer = trainer_of("gpt2", disable_dropout=True)
     trainer.train_dataset = Dataset.from_dict({"prompt": ["once upon"] * 8})
@@ -184,6 +223,15 @@ def test_an_adapter_whose_off_is_not_the_base_is_refused(trainer_of, config, ins
             "monitor": lambda: KLMonitorCallback(trainer),
             "rule": lambda: KLControlCallback(trainer, FixedBeta(0.1)),
         }[instrument]()
+
+
+def test_a_second_adapter_would_change_its_base_again(trainer_of):
+    trainer = trainer_of("llama with biases", peft_config=PISSA, shift=0)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    for kind in (ReferenceCallback, partial(ResetReferenceCallback, steps=1)):
+        with pytest.raises(ValueError, match="'pissa' changes the base's weights. A reference that starts from the"):
+            kind(trainer)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
 @pytest.mark.parametrize("config", [PISSA, BIASES], ids=["pissa", "biases"])

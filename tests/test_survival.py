@@ -123,6 +123,15 @@ def test_a_kl_beyond_the_limit(make_trainer):
     assert 0 < trainer.state.global_step < 50
 
 
+def test_an_evaluation_beyond_the_limit_stops_nothing(make_trainer):
+    trainer = make_trainer()
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    stop_beyond(trainer, 1e-3)
+    trainer.evaluate(trainer.train_dataset.select(range(4)))
+
+
 def test_a_loss_that_is_no_number(make_trainer):
     trainer = make_trainer(max_steps=5, save_strategy="steps", save_steps=1)
     stop_beyond(trainer, 1e9)  # any instrument looks at the loss

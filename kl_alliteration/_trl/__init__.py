@@ -46,6 +46,7 @@ from .baseline import leave_baseline_out
 from .engine import listen_to_engine
 from .grpo import GRPOSeam
 from .prefixes import partial_rewards, scores_prefixes
+from .reference import why_off_is_not_the_base
 from .rloo import RLOOSeam
 from .seam import Seam, UnknownTRLError, forget_batches, last_completions, last_reward_std, last_rewards
 
@@ -61,6 +62,7 @@ __all__ = [
     "partial_rewards",
     "scores_prefixes",
     "seam_of",
+    "why_off_is_not_the_base",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Whether what TRL scores is the policy that sampled: asked once, of a few completions of the first batch."""
+"""Whether what TRL scores is the policy that sampled: asked of a few completions, at first and of padded ones."""
 
 import warnings
 
@@ -6,7 +6,30 @@ import torch
 
 from .. import kl
 
-ROWS, TOKENS = 2, 32
+TOKENS = 32  # of a completion
+
+
+def is_due(scorer, attention_mask: torch.Tensor, length: int) -> bool:
+    """Whether a batch is the first with padding before a counted prompt on any process, or the first with none at all.
+
+    From then on it is not. (B, P + T) mask, T = `length`.
+    """
+    if True in scorer.checked:
+        return False
+    counted = attention_mask[:, -length:].any(1)
+    seen = torch.stack([counted.any(), (counted & (attention_mask[:, :-length] == 0).any(1)).any()])
+    any_counts, any_is_padded = scorer.trainer.accelerator.gather(seen[None]).any(0).tolist()
+    if not any_counts or any_is_padded in scorer.checked:
+        return False
+    scorer.checked.add(any_is_padded)
+    return True
+
+
+def rows_to_ask(attention_mask: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Two rows of (B, P + T), with counted tokens where there are: those with the most and the least padding."""
+    counted = attention_mask[:, prompt : prompt + TOKENS].any(1)
+    order = (((attention_mask[:, :prompt] == 0).sum(1) + 1) * counted).argsort(descending=True)
+    return order[[0, max(int(counted.sum()) - 1, 0)]]
 
 
 @torch.no_grad()
@@ -17,16 +40,19 @@ def say_what_differs(scorer, model, scored, input_ids, attention_mask, temperatu
         scored (`torch.Tensor`): (B, T), what `scorer` found for the whole batch.
 
     Returns:
-        `bool`: False where all it takes to put it right are the positions that `generate` counts.
+        `bool`: False where all it takes to put it right are the positions that `generate` counts. On every process the
+        same, whichever saw it.
     """
-    inner, length = scorer.trainer.accelerator.unwrap_model(model), min(scored.shape[1], TOKENS)
-    prompt = input_ids.shape[1] - scored.shape[1]
-    ids, mask = input_ids[:ROWS, : prompt + length], attention_mask[:ROWS, : prompt + length]
-    computed_in = kl.autocast_dtype(scorer.trainer.accelerator) or inner.dtype
-    counted, training, found = mask[:, prompt:], inner.training, scored[:ROWS, :length]
+    accelerator, length = scorer.trainer.accelerator, min(scored.shape[1], TOKENS)
+    inner, prompt = accelerator.unwrap_model(model), input_ids.shape[1] - scored.shape[1]
+    rows = rows_to_ask(attention_mask, prompt)
+    ids, mask = input_ids[rows, : prompt + length], attention_mask[rows, : prompt + length]
+    computed_in = kl.autocast_dtype(accelerator) or inner.dtype
+    counted, training, found = mask[:, prompt:], inner.training, scored[rows, :length]
 
     def differs(some, other) -> float:
-        off = kl.mean_difference(some, other, counted)
+        off = torch.tensor([kl.mean_difference(some, other, counted)], device=ids.device)
+        off = accelerator.gather(off).max().item()
         return off if off > kl.rounding(computed_in) else 0.0
 
     inner.eval()

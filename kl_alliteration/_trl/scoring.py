@@ -9,7 +9,7 @@ from peft import PeftModel
 from trl.trainer.utils import use_adapter
 
 from .. import kl
-from .first_batch import say_what_differs
+from .first_batch import is_due, say_what_differs
 from .heads import OwnHead, beside, choose_head, linear_head
 from .reference import load_reference, why_off_is_not_the_base
 from .shared_prompts import SharedPrompts
@@ -37,7 +37,7 @@ class Scorer:
         self.get_logps = trainer._get_per_token_logps_and_entropies
         self.at_beta_zero = False  # the reference too, though TRL asks for none
         self.with_base = False  # score with the adapter off too; the model has one
-        self.checked = False  # whether the first batch was held against what the model itself says
+        self.checked: set[bool] = set()  # of batches with padding before prompts, and without: held against the model
         self.places = True  # give TRL's calls of the model the positions that `generate` counts, where it needs them
         self.own_reference = None  # a model that is loaded here, where TRL made none or not the right one
         self.truncate: Callable | None = None  # (N, V) logits -> the same, -inf where sampling leaves none; scored so
@@ -128,12 +128,15 @@ class Scorer:
         return Scored(logps, results, states, head)
 
     def score_checked(self, model, *asked, **kwargs) -> Scored:
-        """The policy's score. The first one is held against what the model itself says: of text, not of images."""
+        """The policy's score. The first one is held against what the model itself says: of text, not of images.
+
+        And the first one with padding before a prompt, on all processes together.
+        """
         scored = self.score(model, *asked, **kwargs)
-        if self.checked or any(value is not None for name, value in kwargs.items() if "compute" not in name):
+        of_images = any(value is not None for name, value in kwargs.items() if "compute" not in name)
+        if of_images or not is_due(self, *asked[1:3]):
             return scored
-        self.checked, temperature = True, self.trainer.temperature
-        if say_what_differs(self, model, scored.logps, *asked[:2], temperature):
+        if say_what_differs(self, model, scored.logps, *asked[:2], self.trainer.temperature):
             return scored
         for causal_lm in self._models():
             causal_lm.register_forward_pre_hook(self._place, with_kwargs=True)

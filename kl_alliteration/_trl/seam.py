@@ -1,6 +1,7 @@
 """What the RLOO and the GRPO seam share: the trainer's own methods, observers, metrics, the last generation batch."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +43,14 @@ def check_trainer(trainer, needs: tuple[str, ...] = ()) -> None:
         )
 
 
+@dataclass
+class Price:
+    """What beta is made of."""
+
+    asked: float | None = None  # by what moves it; `None` is the trainer's own option
+    stronger: float = 1.0  # times that, by rollbacks of a guard
+
+
 class Seam:
     """Wraps bound methods of one stock trainer. Callbacks reach the trainer's private parts only through it."""
 
@@ -51,7 +60,7 @@ class Seam:
         check_trainer(trainer, self.NEEDS)
         self.trainer, self.scorer = trainer, Scorer(trainer)
         self.penalty: Callable[[kl.Rollout], torch.Tensor] | None = None  # a `KLPenalty`; `None` is TRL's own
-        self.controller = None  # what moves beta, where anything does
+        self.price = Price()
         self.observers: list[Callable[[kl.Rollout], None]] = []  # called after every batch with a reference
         self.after_batch: list[Callable[[kl.Rollout | None], None]] = []  # and after every one
         self.watch_rollout_policy = False  # log, in the loss, how far the policy is from the one that sampled
@@ -97,11 +106,15 @@ class Seam:
         args = self.trainer.args
         return self.trainer._step % (args.steps_per_generation * self.trainer.num_iterations) == 0
 
+    def charge(self, beta: float | None) -> None:
+        """Let beta be what is asked for, times what rollbacks have come to."""
+        self.price.asked = beta
+        self.beta = self.price.stronger * (self.trainer.args.beta if beta is None else beta)
+
     def strengthen(self, factor: float) -> None:
-        """Raise beta, the controller's too where one is in charge."""
-        if self.controller is not None:
-            self.controller.value *= factor
-        self.beta *= factor
+        """Raise beta by so much in all, whatever moves it, and until the run ends."""
+        self.price.stronger = factor
+        self.charge(self.price.asked)
 
     def load_from_checkpoint(self, checkpoint, *args, **kwargs):
         """Loads the trained adapter too: transformers before 5.23 skips it if `ref` is saved beside it."""

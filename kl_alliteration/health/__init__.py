@@ -209,7 +209,7 @@ class KLHealthCallback(TrainerCallback):
         moves = [type(each).__name__ for each in trainer.callback_handler.callbacks if isinstance(each, moving)]
         moves += ["sync_ref_model"] if getattr(trainer.args, "sync_ref_model", False) else []
         return [
-            ("no_kl", "beta 0 and no reference" if self.seam.beta == 0 and self.seam.controller is None else None),
+            ("no_kl", "beta 0 and no reference" if self.seam.beta == 0 and self.seam.price.asked is None else None),
             ("wrong_gradient", f"{contract.gradient} (use {contract.use_instead})" if wrong else None),
             ("truncated_sampling", sampling or None),
             ("dropout", f"in {len(off)} modules, such as {min(off)}" if off else None),

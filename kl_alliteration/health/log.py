@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -19,7 +20,8 @@ class Log:
         entry = {name.removeprefix("train/"): value for name, value in entry.items()}
         if not {"loss", "reward", "kl"} & set(entry):  # of an evaluation, or the last one, of times
             return False
-        self.step = int(entry.get("step", entry.get("_step", self.step + 1)))
+        step = entry.get("step", entry.get("_step"))
+        self.step = int(step) if isinstance(step, (int, float)) and math.isfinite(step) else self.step + 1
         for name, value in entry.items():
             value = math.nan if value is None else value
             if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -65,7 +67,8 @@ def read_entries(path: str | Path) -> tuple[list[dict], Path]:
     file = path
     if path.is_dir():
         # The newest checkpoint knows the most.
-        steps = {int(p.parent.name.rpartition("-")[2]): p for p in path.glob("checkpoint-*[0-9]/trainer_state.json")}
+        found = [(re.fullmatch(r"checkpoint-(\d+)", p.parent.name), p) for p in path.glob("*/trainer_state.json")]
+        steps = {int(step[1]): p for step, p in found if step}
         files = [path / "metrics.jsonl", path / "trainer_state.json", *(steps[step] for step in sorted(steps)[::-1])]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
@@ -75,7 +78,7 @@ def read_entries(path: str | Path) -> tuple[list[dict], Path]:
             )
     text = file.read_text(encoding="utf-8")
     try:
-        entries = json.loads(text)["log_history"]
+        entries = [entry for entry in json.loads(text)["log_history"] if isinstance(entry, dict)]
     except (ValueError, TypeError, KeyError):
         entries = _lines(text)
     if not any({"loss", "reward", "kl"} & {name.removeprefix("train/") for name in entry} for entry in entries):

@@ -156,9 +156,8 @@ def _penalty_is_noise(log: Log) -> str | None:
 
 @symptom(
     "beta_winds",
-    "within a factor of 10 of its start, or the KL answers",
-    "A rule has moved beta one way all along and the KL has not answered: the target is out of reach, or the rule is "
-    "faster than the policy.",
+    "within a factor of 10 of its start",
+    "A rule has moved beta one way all along: the target is out of reach, or the rule is faster than the policy.",
     "State a target that the run can reach, raise beta's start, or slow the rule (docs/control.md).",
 )
 def _beta_winds(log: Log) -> str | None:
@@ -236,7 +235,8 @@ def _collapse(log: Log) -> str | None:
         if (value := log.recent(name)) is not None and value < limit:
             found.append(f"{name.removeprefix('guard/')} {value:.2f}")
     early, recent = log.early("entropy"), log.recent("entropy")
-    if early is not None and early > 0 and recent < 0.5 * early:
+    # Where nothing is sampled, as in fine-tuning on given texts, entropy falls because they are learnt.
+    if log.all("reward") and early is not None and early > 0 and recent < 0.5 * early:
         found.append(f"entropy {recent:.2g} of {early:.2g} nats per token")
     return ", ".join(found) or None
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
+from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import get_peft_config, get_quantization_config
 from trl.data_utils import is_conversational
 
-from ..adapters import load_adapter, merge
+from ..adapters import check_stacks, load_adapter, merge
 from ..sampling import use_fast_generate
 from ..text import as_text
 from .checked_rewards import ranking_reward
@@ -53,6 +54,9 @@ def load_policy(args: StoryArguments, training_args, model_args) -> dict:
         training_args.model_init_kwargs = model_kwargs
         name = model_args.model_name_or_path
         return {"model": name, "peft_config": peft_config, "quantization_config": quantization}
+    if peft_config is not None:
+        for config in (PeftConfig.from_pretrained(args.adapter_name_or_path), peft_config):
+            check_stacks(config)
     training_args.model_init_kwargs = None  # TRL's; the model is loaded here
     if model_kwargs["revision"] == "main":
         model_kwargs["revision"] = None  # the adapter's

@@ -90,6 +90,8 @@ def stop_beyond(trainer, kl_per_sequence: float) -> None:
     seam = seam_of(trainer)
 
     def observe(rollout: Rollout) -> None:
+        if not trainer.model.training:
+            return
         found = seam.mean_per_sequence(rollout.ref_log_ratio, rollout.completion_mask)
         if found > kl_per_sequence:
             raise TrainingStopped(f"the KL is {found:.1f} nats per sequence, beyond kl_limit {kl_per_sequence:g}")
