@@ -244,8 +244,8 @@ class KLPenaltyCallback(TrainerCallback):
     """Use a [`KLPenalty`] in a stock [`~trl.RLOOTrainer`] or [`~trl.GRPOTrainer`], multiplied by `trainer.beta`.
 
     It takes effect as soon as the callback is made. TRL's metric `kl` keeps its meaning, whatever the penalty is: in
-    nats per token, RLOO's the mean log-ratio, GRPO's the mean k3. With `trainer.beta == 0` there is no penalty. A
-    choice with a null or wrong gradient warns, with what to use instead.
+    nats per token, RLOO's the mean log-ratio, GRPO's the mean k3. With `trainer.beta == 0` there is no penalty, and a
+    warning says so. A choice with a null or wrong gradient warns, with what to use instead.
 
     On GRPO the penalty in the reward is subtracted before TRL takes the group's mean away and divides by its spread
     (`scale_rewards`), and in the loss a completion has the weight that TRL's `loss_type` gives to its tokens. So a nat
@@ -270,6 +270,13 @@ class KLPenaltyCallback(TrainerCallback):
     """
 
     def __init__(self, trainer, penalty: KLPenalty | None = None, strict: bool = False):
+        if penalty is not None and trainer.beta == 0:
+            warnings.warn(
+                "beta is 0, GRPO's default: the penalty charges nothing, and TRL loads no reference. Set beta, the "
+                "reward per nat, in the trainer's configuration",
+                kl.KLWarning,
+                stacklevel=2,
+            )
         self.trainer, self.penalty = trainer, penalty or KLPenalty(*seam_of(trainer).OWN)
         if complaint := self.penalty.complaint:
             if strict:

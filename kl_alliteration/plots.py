@@ -6,6 +6,7 @@ scikit-learn: `pip install 'kl_alliteration[plots]'`.
 """
 
 import math
+import warnings
 from collections import Counter, deque
 from dataclasses import dataclass
 
@@ -126,9 +127,11 @@ class PlotPenalty:
         self.ref_shares = [(counts[k] + UNSEEN) / (texts + UNSEEN * plots) for k in range(plots)]
         self.monitor = monitor
 
-    def __call__(self, completions: list, **columns) -> list[float | None]:
+    def __call__(self, completions: list, trainer_state=None, **columns) -> list[float | None]:
         """(B,) rewards of completions; `None` in evaluation and before it is attached."""
-        if (monitor := self.monitor) is None or not monitor.trainer.model.training:
+        if (monitor := self.monitor) is None and trainer_state is not None and trainer_state.global_step:
+            warnings.warn("a PlotPenalty charges nothing before penalty.attach(monitor)", kl.KLWarning, stacklevel=2)
+        if monitor is None or not monitor.trainer.model.training:
             return [None] * len(completions)
         labels = monitor.plots.label([as_text(completion) for completion in completions])
         told = deque([*monitor.labels, *labels], maxlen=monitor.labels.maxlen)

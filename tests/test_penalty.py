@@ -8,6 +8,7 @@ import torch
 
 from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback, kl
 from kl_alliteration._trl import seam_of
+from kl_alliteration.kl import KLWarning
 from kl_alliteration.lab.options import OnlineArguments
 from kl_alliteration.penalty import CONTRACT, FORWARD
 
@@ -189,6 +190,14 @@ def test_a_warning_is_of_this_package_s_own_kind(make_trainer):
     ):
         callback = KLPenaltyCallback(make_trainer(), KLPenalty("k1", "loss"))
     assert callback.penalty == KLPenalty("k1", "loss") and issubclass(kl.KLWarning, UserWarning)
+
+
+def test_at_beta_zero_it_says_that_it_charges_nothing(make_trainer, recwarn):
+    with pytest.warns(KLWarning, match="beta is 0, GRPO's default: the penalty charges nothing"):
+        KLPenaltyCallback(make_trainer(beta=0.0), KLPenalty("exact", "both"))
+    recwarn.clear()
+    KLPenaltyCallback(make_trainer(beta=0.0))
+    assert not [each for each in recwarn if each.category is KLWarning]
 
 
 def test_by_default_it_is_trl_s_own(make_trainer):

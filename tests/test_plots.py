@@ -9,6 +9,7 @@ import torch
 from kl_alliteration import KLPenalty, KLPenaltyCallback
 from kl_alliteration._trl import seam_of
 from kl_alliteration.lab.story_model import corpus
+from kl_alliteration.kl import KLWarning
 from kl_alliteration.plots import PlotCount, PlotMonitorCallback, PlotPenalty, Plots
 
 pytest.importorskip("sklearn")
@@ -143,6 +144,13 @@ def test_what_a_plot_costs_by_hand(make_trainer):
         PlotPenalty(0)
     with pytest.raises(ValueError, match="monitor: it has no ref_texts"):
         penalty.attach(PlotMonitorCallback(trainer, ByLength()))
+
+
+def test_a_penalty_that_nobody_attached_says_so(make_trainer):
+    penalty = PlotPenalty(2.0)
+    trainer = make_trainer(reward_funcs=[lambda completions, **_: [0.0] * len(completions), penalty])
+    with pytest.warns(KLWarning, match=r"charges nothing before penalty.attach\(monitor\)"):
+        trainer.train()
 
 
 def test_interrupted_and_resumed_counts_the_same_plots_at_the_same_price(make_trainer, tmp_path):

@@ -62,6 +62,7 @@ def refusal(*options, cwd: Path, recipe: str = RECIPE) -> str:
         (["--beta_unit", "week"], "beta_unit must be one of sequence, study, got 'week'"),
         (["--kl_controller", "pid"], "kl_controller must be one of fixed, step, ppo, ziegler, pi, got 'pid'"),
         (["--kl_controller", "pi"], "target_kl_per_token must be > 0 with kl_controller 'pi', got None"),
+        (["--target_kl_per_token", "0.1"], "target_kl_per_token is what a kl_controller holds: name one"),
         (["--target_kl_per_sequence", "0"], "target_kl_per_sequence must be > 0 and finite, got 0.0"),
         (["--target_kl_per_sequence", "6", "--beta", "0"], "beta must not be 0 with target_kl_per_sequence"),
         (["--target_kl_per_sequence", "6", "--kl_budget_per_token", "1"], "leave kl_budget_per_token out"),

@@ -243,7 +243,7 @@ def _collapse(log: Log) -> str | None:
 
 @symptom(
     "one_plot",
-    "a plot below half of the texts, and a tenth of the start's plots",
+    "no plot in more than half of the texts, a tenth of the start's plots still told",
     "The KL is spent on the choice of what is told, not on how.",
     "More prompts, or a price on plots or openings (docs/variety.md).",
 )
@@ -273,7 +273,7 @@ def _no_signal(log: Log) -> str | None:
     "inefficient",
     "above 0.1, or rising",
     "The KL buys little reward: nats go into noise, most often by too large steps.",
-    "A smaller learning rate, longer warm-up, plain SGD, the exact KL in both (docs/efficiency.md).",
+    "A smaller learning rate, longer warm-up, larger groups, plain SGD, the exact KL in both (docs/efficiency.md).",
 )
 def _inefficient(log: Log) -> str | None:
     values = log.finite("kl/efficiency")[-2 * FEW :]

@@ -93,6 +93,11 @@ def check_online_options(args: OnlineArguments, training_args) -> None:
             f"target_kl_per_token must be > 0 with kl_controller {args.kl_controller!r}, "
             f"got {args.target_kl_per_token}"
         )
+    if args.kl_controller == "fixed" and args.target_kl_per_token is not None:
+        raise ValueError(
+            "target_kl_per_token is what a kl_controller holds: name one, pi for instance, or state the nats of a "
+            "sequence, --target_kl_per_sequence"
+        )
     if args.kl_controller != "fixed" and training_args.beta == 0:
         raise ValueError(
             f"beta must not be 0 with kl_controller {args.kl_controller!r}: no rule leaves 0; start from 0.01"

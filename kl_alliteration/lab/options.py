@@ -92,7 +92,7 @@ class OnlineArguments(StoryArguments):
         metadata={"help": f"Rule that moves beta: {', '.join(CONTROLLERS)}; all but `fixed` need a target."},
     )
     target_kl_per_token: float | None = field(
-        default=None, metadata={"help": "What the rule holds, in nats per token as TRL's `kl` is."}
+        default=None, metadata={"help": "What kl_controller holds, in nats per token as TRL's `kl` is."}
     )
     adapter_name_or_path: str | None = field(
         default=None,
@@ -184,8 +184,8 @@ class OnlineArguments(StoryArguments):
     target_kl_per_sequence: float | None = field(
         default=None,
         metadata={
-            "help": "The KL to hold, in nats per sequence: beta, budget and the price within it are then read off the "
-            "base's own rewards, those of --base_frontier or of --base_samples. `none` is no target."
+            "help": "The KL to hold, in nats per sequence: the price of a nat, and so beta, is read off the base's "
+            "rewards, those of --base_frontier or of --base_samples; the budget follows. `none` is no target."
         },
     )
     kl_top_k: int = field(default=64, metadata={"help": "Tokens that kl_estimator `top_k` takes in full."})
@@ -201,7 +201,8 @@ class OnlineArguments(StoryArguments):
         default=None,
         metadata={
             "help": "Credit each token with the reward from there on, n tokens later times this to the n-th: 1 "
-            "is the same objective with less noise, 0.8 looks five tokens ahead. `none` credits the whole text."
+            "is the same objective with less noise, 0.8 looks five tokens ahead. For rewards with "
+            "`scores_prefixes = True`. `none` credits the whole text."
         },
     )
     reward_prefix_tokens: int = field(

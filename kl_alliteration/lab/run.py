@@ -85,7 +85,7 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
         trainer.add_callback(ReferenceCallback(trainer, args.kl_reference))
     if args.score_as_sampled:
         score_as_sampled(trainer)
-    trainer.add_callback(KLPenaltyCallback(trainer, args.penalty, strict=args.strict))
+    trainer.add_callback(KLPenaltyCallback(trainer, args.penalty if trainer.beta else None, strict=args.strict))
     if args.baseline == "none":
         leave_baseline_out(seam_of(trainer))
     if args.reward_discount is not None:
