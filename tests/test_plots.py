@@ -8,8 +8,8 @@ import torch
 
 from kl_alliteration import KLPenalty, KLPenaltyCallback
 from kl_alliteration._trl import seam_of
-from kl_alliteration.lab.story_model import corpus
 from kl_alliteration.kl import KLWarning
+from kl_alliteration.lab.story_model import corpus
 from kl_alliteration.plots import PlotCount, PlotMonitorCallback, PlotPenalty, Plots
 
 pytest.importorskip("sklearn")
