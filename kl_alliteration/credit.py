@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from . import kl
-from ._trl import partial_rewards, scores_prefixes, seam_of
+from ._trl import partial_rewards, rewards_of_nothing, scores_prefixes, seam_of
 from .penalty import KLPenalty
 
 # Options of TRL's by which a completion has one advantage, and what they have to be where its tokens have their own.
@@ -126,7 +126,7 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> N
             return
         ids, mask = output["completion_ids"], output["completion_mask"]
         rewards, ends = partial_rewards(seam, ids, mask, every_tokens)  # (B, K), (B, K)
-        first = torch.zeros_like(rewards[:, :1])
+        first = rewards_of_nothing(seam, len(ids)).unsqueeze(1).to(rewards)
         added = torch.zeros(ids.shape, device=ids.device).scatter_add_(1, ends, rewards.diff(dim=1, prepend=first))
         added = of_all(trainer, added)
         of_texts = seam.mean_per_token(output["advantages"].view(len(ids), -1) ** 2, mask)

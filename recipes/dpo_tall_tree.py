@@ -17,7 +17,7 @@ from kl_alliteration.lab.checked_rewards import ranking_reward
 from kl_alliteration.lab.checks import check_options
 from kl_alliteration.lab.inputs import load_pairs, load_policy, load_tokenizer
 from kl_alliteration.lab.options import PairArguments
-from kl_alliteration.lab.pairs import longest
+from kl_alliteration.lab.pairs import longest, without_added_ends
 from kl_alliteration.lab.parser import RecipeParser, parse_recipe
 from kl_alliteration.lab.progress import clear_screen_of_libraries
 from kl_alliteration.lab.run import run_recipe
@@ -40,6 +40,7 @@ def main():
         train_dataset=pairs,
         processing_class=tokenizer,
     )
+    trainer.train_dataset = without_added_ends(trainer.train_dataset, args.max_completion_length)
     use_fast_sampling(trainer, one_forward=False)  # for judging
     run_recipe(trainer, args, model_args, parser, ranking_reward(args.reward_funcs, args.reward_timeout))
 

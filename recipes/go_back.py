@@ -66,6 +66,10 @@ def main():
     if args.keep is not None:
         return save(args)
     known = json.loads(Path(args.frontier).read_text(encoding="utf-8")) if args.frontier else {}
+    try:
+        trained = [read_run(args.run) | {"name": "the run"}]
+    except ValueError:  # DPO's log has no reward, and that of a run without a monitor no KL
+        trained = []
     points = []
     for fraction in track(sorted(args.fractions), description="points"):
         judged = judge_run(args.run, args.stories, args.seed, fraction=fraction).numbers()
@@ -74,8 +78,7 @@ def main():
     (folder / "way.json").write_text(json.dumps(points, indent=1) + "\n", encoding="utf-8")
     places = [(point["exact_kl_per_sequence"], point["reward_mean"]) for point in points]
     way = {"name": "the way", "points": places, "labels": [f"{point['fraction']:g}" for point in points]}
-    runs = [way, read_run(folder) | {"name": "the run"}] if (folder / "metrics.jsonl").is_file() else [way]
-    plot_frontier(known.get("frontier", []), runs, folder / "way.png", known.get("least_kl", []))
+    plot_frontier(known.get("frontier", []), [way, *trained], folder / "way.png", known.get("least_kl", []))
     print(f"| of the way | {' | '.join(COLUMNS.values())} |\n|{'---|' * (len(COLUMNS) + 1)}")
     for point in points:
         print(f"| {point['fraction']:g} | {' | '.join(f'{point[name]:.2f}' for name in COLUMNS)} |")

@@ -98,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
         """`(oid, files)` at a revision."""
         if repo := self.repo(name):
             for oid, files in reversed(repo["commits"]):
-                if revision in ("main", oid):
+                if revision in ("main", oid, *repo.get("branches", [])):
                     return oid, files
             self.fail(404, "Revision not found", "RevisionNotFound")
 
@@ -161,6 +161,11 @@ class Handler(BaseHTTPRequestHandler):
     def lfs_verify(self, oid, data):
         self.answer() if oid in self.server.large else self.fail(404, "no such object")
 
+    def branch(self, name, revision, data):
+        if repo := self.repo(name, write=True):
+            repo.setdefault("branches", []).append(revision)  # of one history here
+            self.answer()
+
     def commit(self, name, revision, data):
         repo = self.repo(name, write=True)
         if repo is None:
@@ -217,6 +222,7 @@ ROUTES = [
     (rf"POST /{ID}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     (r"PUT /lfs/(\w+)", Handler.lfs_put),
     (r"POST /lfs/(\w+)/verify", Handler.lfs_verify),
+    (rf"POST /api/models/{ID}/branch/([^/]+)", Handler.branch),
     (rf"POST /api/models/{ID}/commit/([^/]+)", Handler.commit),
     (rf"GET /api/models/{ID}", Handler.info),
     (rf"GET /api/models/{ID}/revision/([^/]+)", Handler.info),

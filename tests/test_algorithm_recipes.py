@@ -70,6 +70,21 @@ def test_dpo_its_pairs_again_and_its_judge(tmp_path, lora):
     judgement = judge_run(out, stories=3)
     assert len(judgement.texts) == 3 and judgement.exact_kl_per_sequence > 0
     assert judgement.mean_length <= 12
+    asked = yaml.safe_load((out / "recipe.yaml").read_text())
+    (out / "recipe.yaml").write_text(yaml.safe_dump(asked | {"reward_weights": [-2.0], "reward_clip_range": [-6, 9]}))
+    paid = judge_run(out, stories=3)
+    assert paid.rewards == [max(-6.0, -2 * reward) for reward in judgement.rewards]
+    if lora:  # of one that goes on with an adapter: the base is the adapter's, whatever model is here by default
+        (out / "recipe.yaml").write_text(yaml.safe_dump({"adapter_name_or_path": "somewhere/else"}))
+        config = json.loads((out / "adapter_config.json").read_text())
+        other = config | {"base_model_name_or_path": str(tmp_path / "gone")}
+        (out / "adapter_config.json").write_text(json.dumps(other))
+        with pytest.raises((OSError, ValueError), match="gone"):
+            judge_run(out, stories=3)
+        (out / "adapter_config.json").write_text(json.dumps(config))
+    (out / "recipe.yaml").write_text(yaml.safe_dump(asked | {"reward_model_name_or_path": "a/model"}))
+    with pytest.raises(ValueError, match="was paid by a reward model too"):
+        judge_run(out, stories=3)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -31,7 +31,7 @@ from enumeration import (
 from torch.nn.functional import logsigmoid
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-from kl_alliteration.lab.pairs import longest
+from kl_alliteration.lab.pairs import longest, without_added_ends
 
 ROOT = Path(__file__).parent.parent
 BETA = 0.7
@@ -240,7 +240,7 @@ def test_dpo_rests_where_the_policy_is_the_reference_tilted_by_the_reward(dpo):
 
 
 def test_dpo_never_sees_the_end_of_a_story_that_was_cut_off(enumerated_model, tmp_path):
-    """TRL ends every completion; `longest` cuts that end off where there was none."""
+    """TRL ends every completion: that end goes where there was none, and nothing else, however long a prompt is."""
     rows = [
         {"prompt": "b c", "chosen": " a b", "rejected": " be"},
         {"prompt": "b c b", "chosen": " a b", "rejected": " a a"},
@@ -252,6 +252,7 @@ def test_dpo_never_sees_the_end_of_a_story_that_was_cut_off(enumerated_model, tm
     tokenizer = probe.processing_class
     args = DPOConfig(**PLAIN, output_dir=str(tmp_path), max_length=longest(pairs, tokenizer, STEPS))
     trainer = DPOTrainer(model=str(enumerated_model), args=args, train_dataset=pairs)
+    trainer.train_dataset = without_added_ends(trainer.train_dataset, STEPS)
 
     def seen(trainer):
         batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
@@ -261,7 +262,7 @@ def test_dpo_never_sees_the_end_of_a_story_that_was_cut_off(enumerated_model, tm
 
     a, b, end = 2, 3, 0
     assert seen(probe) == [[a, b, end], [a, b, end], [b, end], [a, a, end]]
-    assert seen(trainer) == [[a, b], [a], [b, end], [a]]
+    assert seen(trainer) == [[a, b], [a, b], [b, end], [a, a]]
 
 
 def expected_loss_gradient(t: Tables, loss, reward) -> torch.Tensor:

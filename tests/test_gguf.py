@@ -59,7 +59,23 @@ def test_it_is_converted_once_and_whole(file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(lab_gguf, "load", killed)
     with pytest.raises(KeyboardInterrupt):
         as_folder(str(file), tmp_path / "other")
-    assert not (tmp_path / "other").exists() and not (tmp_path / "other.unfinished").exists()
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_two_runs_that_convert_at_once_do_not_harm_each_other(file, tmp_path, monkeypatch):
+    """A sweep's: the second begins while the first loads, and ends before it."""
+    load, begun = lab_gguf.load, []
+
+    def slowly(path):
+        begun.append(path)
+        if len(begun) == 1:
+            as_folder(str(file))
+        return load(path)
+
+    monkeypatch.setattr(lab_gguf, "load", slowly)
+    folder = as_folder(str(file))
+    assert len(begun) == 2 and AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float32
+    assert not list(tmp_path.glob("*.unfinished*"))
 
 
 def test_what_is_wrong_with_a_file_is_one_line(file, tmp_path, monkeypatch):

@@ -94,6 +94,10 @@ def test_the_curve_and_the_point_that_is_kept(tmp_path, adapter):
     assert kls[0] == pytest.approx(0, abs=1e-5) and kls[0] < kls[1] < kls[2]
     assert (tmp_path / "out/way.png").stat().st_size > 5_000
 
+    (tmp_path / "out/metrics.jsonl").write_text('{"loss": 0.5, "rewards/chosen": 0.1, "step": 5}\n')  # as DPO's
+    alone = run("go_back.py", "--run", "out", "--stories", 4, "--fractions", 1, 0, cwd=tmp_path)
+    assert "way.png" in alone.stdout
+
     run("go_back.py", "--run", "out", "--keep", "0.5", "--output_dir", "near", cwd=tmp_path)
     assert ("adapter_config.json" if adapter else "model.safetensors") in os.listdir(tmp_path / "near")
     if adapter:

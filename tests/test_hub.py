@@ -180,13 +180,14 @@ def test_refused_before_training(hub, at_hub, here, tmp_path):
 @pytest.mark.parametrize("where", ["/lfs/", "/commit/"])
 def test_a_hub_that_dies_in_the_middle_of_a_push_loses_nothing(hub, at_hub, here, tmp_path, where):
     hub.die_at = where
-    done = here(RECIPE, *PUSH)
+    done = here(RECIPE, *PUSH, "--hub_revision", "dev")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert f"POST /api/models/{REPO}/branch/dev" in hub.requests  # made before training
     assert "error: not pushed to the Hub" in done.stdout and hub.files(REPO) == {}
     assert (tmp_path / "out/adapter_model.safetensors").exists() and (tmp_path / "out/README.md").exists()
     hub.die_at, hub.dead = None, False
     (later,) = [line for line in done.stdout.splitlines() if line.startswith("hf upload")]
-    assert at_hub(*shlex.split(later)).returncode == 0
+    assert at_hub(*shlex.split(later)).returncode == 0 and later.endswith("--revision dev")
     assert "adapter_model.safetensors" in hub.files(REPO) and "training_args.bin" not in hub.files(REPO)
 
 

@@ -1,5 +1,7 @@
 """Pairs for DPO: who is ranked with whom, what is written, and what comes back."""
 
+from datetime import datetime
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,6 +53,12 @@ def test_pairs_of_a_model(tiny_model, tmp_path):
     path = write_pairs(pairs, tmp_path / "new")
     assert path.name == "pairs.jsonl" and [p.name for p in path.parent.iterdir()] == ["pairs.jsonl"]
     assert read_pairs(path).to_list() == [{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in pairs]
+
+
+def test_columns_that_json_does_not_know_are_text(tmp_path):
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c", "date": datetime(2024, 5, 1)}
+    (back,) = read_pairs(write_pairs([pair], tmp_path)).to_list()
+    assert back["date"] == "2024-05-01 00:00:00"
 
 
 @pytest.mark.parametrize(

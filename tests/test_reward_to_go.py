@@ -225,6 +225,30 @@ def worth_of_prefixes(enumerated, completions, functions, step=1, **options):  #
     return partial_rewards(seam_of(trainer), batch["completion_ids"], batch["completion_mask"], step)
 
 
+@pytest.mark.parametrize("discount", [1.0, 0.6])
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_beside_one_by_token_a_reward_of_whole_texts_is_credited_as_trl_does(
+    enumerated, grpo_enumerated, kind, discount  # noqa: F811
+):  # fmt: skip
+    """One that is 0 for all prefixes; then every token has its completion's advantage."""
+    trainer = rewarded((enumerated if kind == "rloo" else grpo_enumerated)(), FIXED)
+    nothing, whole = (lambda completions, **columns: [0.0] * len(completions)), reward
+    nothing.scores_prefixes = True
+    trainer.reward_funcs = [nothing, lambda completions, **columns: whole(completions)]
+    trainer.reward_func_names, trainer.reward_weights = ["nothing", "whole"], torch.tensor([1.0, 3.0])
+    trainer.reward_processing_classes = [None] * 2
+    told, seam = [], seam_of(trainer)
+    seam.changes.append(lambda output: told.append(output["advantages"].clone()))
+    use_reward_to_go(trainer, discount)
+    give, credited = seam.credit_tokens, []
+    seam.credit_tokens = lambda *asked: credited.append(give(*asked)) or credited[-1]
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([{"prompt": "b c"}] * len(FIXED))
+    expected = told[0].unsqueeze(1) * batch["completion_mask"]
+    torch.testing.assert_close(credited[0] * batch["completion_mask"], expected.to(credited[0]), atol=1e-5, rtol=0)
+    assert expected.std() > 0.1
+
+
 def test_rewards_of_prefixes(enumerated):  # noqa: F811
     words = Words()
     found, ends = worth_of_prefixes(enumerated, [[2, 3], [3, 2], [4]], [words])

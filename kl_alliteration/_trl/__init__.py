@@ -45,7 +45,7 @@ from trl import GRPOTrainer
 from .baseline import leave_baseline_out
 from .engine import listen_to_engine
 from .grpo import GRPOSeam
-from .prefixes import partial_rewards, scores_prefixes
+from .prefixes import partial_rewards, rewards_of_nothing, scores_prefixes
 from .reference import why_off_is_not_the_base
 from .rloo import RLOOSeam
 from .seam import Seam, UnknownTRLError, forget_batches, last_completions, last_reward_std, last_rewards
@@ -60,6 +60,7 @@ __all__ = [
     "leave_baseline_out",
     "listen_to_engine",
     "partial_rewards",
+    "rewards_of_nothing",
     "scores_prefixes",
     "seam_of",
     "why_off_is_not_the_base",

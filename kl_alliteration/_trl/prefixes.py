@@ -55,6 +55,14 @@ def partial_rewards(seam, ids: torch.Tensor, mask: torch.Tensor, step: int) -> t
     return total, ends
 
 
+def rewards_of_nothing(seam, rows: int) -> torch.Tensor:
+    """(B,) of the same completions, what none of their tokens is worth: the rewards that are of whole texts alone."""
+    trainer, start = seam.trainer, seam.trainer.accelerator.process_index * rows
+    whole = seam.batch.rewards[start : start + rows].clone()
+    whole[:, [place for place, function in enumerate(trainer.reward_funcs) if scores_prefixes(function)]] = 0.0
+    return weighted(trainer, whole)
+
+
 @contextmanager
 def _these_alone(trainer, places: list[int]):
     """Some of its reward functions alone, `None` for `log_metric` and `log_extra`: nothing of prefixes is logged."""

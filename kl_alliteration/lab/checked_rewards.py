@@ -87,14 +87,15 @@ def load_rewards(paths: list[str], model: str | None = None, timeout: float | No
     return rewards
 
 
-def sum_rewards(functions: list, weights: list[float] | None = None):
-    """One TRL-shaped function: the weighted sum of several; `None` where none of them applies."""
+def sum_rewards(functions: list, weights: list[float] | None = None, clip: list[float] | None = None):
+    """One TRL-shaped function: the weighted sum of several, clipped; `None` where none of them applies."""
     weights = [1.0] * len(functions) if weights is None else weights
+    low, high = clip or (-math.inf, math.inf)
 
     def reward(prompts, completions, **columns) -> list[float | None]:
         found = [function(prompts=prompts, completions=completions, **columns) for function in functions]
         return [
-            sum(w * value for w, value in zip(weights, row, strict=True) if value is not None)
+            min(high, max(low, sum(w * value for w, value in zip(weights, row, strict=True) if value is not None)))
             if any(value is not None for value in row)
             else None
             for row in zip(*found, strict=True)
@@ -103,9 +104,9 @@ def sum_rewards(functions: list, weights: list[float] | None = None):
     return reward
 
 
-def ranking_reward(paths: list[str], timeout: float | None = None):
-    """The sum of the rewards at these dotted paths, of text; `ValueError` for an async one."""
+def ranking_reward(paths: list[str], timeout: float | None = None, weights=None, clip=None):
+    """The sum of the rewards at these dotted paths, of text, as [`sum_rewards`]; `ValueError` for an async one."""
     functions = load_rewards(paths, timeout=timeout)
     if not all(isinstance(function, CheckedReward) for function in functions):
         raise ValueError("reward_funcs: an async reward is for a trainer that samples; give a plain function here")
-    return sum_rewards(functions)
+    return sum_rewards(functions, weights, clip)

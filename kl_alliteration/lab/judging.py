@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import yaml
 from accelerate import PartialState
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .._trl import asking
-from ..adapters import go_back, is_adapter, load_adapter
+from ..adapters import base_of, go_back, is_adapter, load_adapter
 from ..evaluation import Judgement, judge, tokenize_prompts
 from ..sampling import use_fast_generate
 from ..story_lm import MODEL_PATH, PROMPT
@@ -77,7 +77,11 @@ def load_run(folder: str | Path, fraction: float = 1.0, untrained: bool = False)
 
     The reference is `None` where it is the model with its adapter off, and for the base itself, `untrained`.
     """
-    base = as_folder(read_options(folder).get("model_name_or_path", str(MODEL_PATH)))
+    options = read_options(folder)
+    named, adapter = options.get("model_name_or_path"), options.get("adapter_name_or_path")
+    if named is None and (is_adapter(str(folder)) or adapter):  # then the base is the adapter's
+        named = base_of(PeftConfig.from_pretrained(folder if is_adapter(str(folder)) else adapter))
+    base = as_folder(named or str(MODEL_PATH))
     device, reference = PartialState().device, None
     if is_adapter(str(folder)) and not untrained:
         model = load_adapter(str(folder), base)
@@ -94,14 +98,17 @@ def judge_run(
 ) -> Judgement:
     """Fresh stories of what a finished run of any recipe left, and the KL to the base that it started from.
 
-    The prompts, the rewards and the lengths are those of its `recipe.yaml`; the base is the reference whatever the
-    run's own was, and also where it had none. `untrained` judges the base itself, by the same prompts and seed,
-    `fraction` a point of the way from it to the trained model.
+    The prompts, the rewards, weighted and clipped, and the lengths are those of its `recipe.yaml`; the base is the
+    reference whatever the run's own was, and also where it had none. `untrained` judges the base itself, by the same
+    prompts and seed, `fraction` a point of the way from it to the trained model.
     """
     options = read_options(folder)
     model, ref_model = load_run(folder, fraction, untrained)
     use_fast_generate(model)
+    if options.get("reward_model_name_or_path"):
+        raise ValueError(f"run: {str(folder)!r} was paid by a reward model too, which is not loaded here")
     rewards = options.get("reward_funcs", [ALLITERATION])
+    rewards = [rewards] if isinstance(rewards, str) else rewards
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     names = ("dataset_name", "dataset_config", "eval_dataset_name")
     named = {name: getattr(StoryArguments, name, None) for name in names}
@@ -121,7 +128,7 @@ def judge_run(
         model,
         tokenizer,
         [row["prompt"] for row in rows],
-        ranking_reward([rewards] if isinstance(rewards, str) else rewards),
+        ranking_reward(rewards, weights=options.get("reward_weights"), clip=options.get("reward_clip_range")),
         max_new_tokens=options.get("max_completion_length", 100),
         temperature=options.get("temperature", 1.0),
         ref_model=ref_model,

@@ -94,7 +94,7 @@ def write_pairs(pairs: list[dict], folder: str | Path) -> Path:
     path = Path(folder, FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    unfinished.write_text("".join(json.dumps(pair, default=str) + "\n" for pair in pairs), encoding="utf-8")
     unfinished.replace(path)
     return path
 
@@ -123,13 +123,18 @@ def read_pairs(path: str | Path) -> Dataset:
 
 
 def longest(pairs: Dataset, tokenizer, max_completion_length: int) -> int:
-    """`max_length` for DPO, in tokens: the shortest prompt and a whole completion.
-
-    TRL ends every completion with an end of text, also one that was cut off at `max_completion_length`. With this
-    length it never gets to see that one.
-    """
+    """`max_length` for DPO, in tokens: the longest prompt and a whole completion, beyond which TRL drops and cuts."""
     rows = {json.dumps(row, sort_keys=True, default=str): row for row in prompts_of(pairs)}
-    return min(map(len, tokenize_rows(tokenizer, list(rows.values())))) + max_completion_length
+    return max(map(len, tokenize_rows(tokenizer, list(rows.values())))) + max_completion_length
+
+
+def without_added_ends(tokenized: Dataset, max_completion_length: int) -> Dataset:
+    """A `DPOTrainer`'s own pairs, no completion of more tokens than were sampled.
+
+    TRL ends every completion with an end of text, also one that was cut off at `max_completion_length`.
+    """
+    sides = ("chosen_ids", "rejected_ids")
+    return tokenized.map(lambda row: {side: row[side][:max_completion_length] for side in sides})
 
 
 def prompts_of(pairs: Dataset) -> list[dict]:
