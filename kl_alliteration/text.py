@@ -16,7 +16,7 @@ def as_text(prompt_or_completion) -> str:
         return prompt_or_completion
     contents = [message.get("content") or "" for message in prompt_or_completion]
     parts = [[{"text": c}] if isinstance(c, str) else c for c in contents]
-    return " ".join(part.get("text", "") for content in parts for part in content)
+    return " ".join(part.get("text") or "" for content in parts for part in content)
 
 
 def as_dialogue(prompt) -> str:

@@ -60,7 +60,7 @@ def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     check_model_path("model_name_or_path", args.model_name_or_path)
     named = SimpleNamespace(**vars(args), dataset_config=None, dataset_train_split="train")
-    prompts = load_prompts(named, 1)["prompt"] if args.dataset_name else [args.prompt]
+    prompts = load_prompts(named, 1).to_list() if args.dataset_name else [{"prompt": args.prompt}]
     each = args.stories // len(prompts)
     if not 1 <= args.largest_n <= each // 2:
         raise ValueError(
@@ -76,7 +76,7 @@ def main():
         tokenizer.pad_token = tokenizer.eos_token
     use_fast_generate(model)
     config = plain_sampling(model, tokenizer, args.max_new_tokens, args.temperature)
-    rows = [{"prompt": prompt} for prompt in prompts for _ in range(each)]
+    rows = [row for row in prompts for _ in range(each)]
     found: list[float] = []
     for start in track(range(0, len(rows), args.batch_size), description="stories"):
         some = rows[start : start + args.batch_size]

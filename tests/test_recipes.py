@@ -315,14 +315,18 @@ def test_best_of_n_draws_the_frontier(tmp_path):
 
 
 def test_best_of_n_takes_every_prompt_of_a_data_set(tmp_path):
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Once upon a time"}\n{"prompt": "There was"}\n')
-    options = "--dataset_name prompts.jsonl --stories 81 --largest_n 20 --max_new_tokens 12 --temperature 0.7".split()
+    rows = [{"prompt": "Once upon a time", "noun": "time"}, {"prompt": "There was", "noun": "was"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = "[float(len(c) + len(n)) for c, n in zip(completions, noun)]"  # of a column too
+    (tmp_path / "mine.py").write_text(f"def reward(completions, noun, **columns):\n    return {counts}\n")
+    options = "--reward_func mine.reward --dataset_name prompts.jsonl --stories 81 --largest_n 20".split()
+    options += "--max_new_tokens 12 --temperature 0.7".split()
     done = run("best_of_n.py", *options, cwd=tmp_path)
     facts = json.loads((tmp_path / "runs/best_of_n/frontier.json").read_text())
     assert facts["stories"] == 80 and facts["frontier"][0]["n"] == 1  # 40 of each
     least = facts["least_kl"]
     assert [p["kl_per_sequence"] for p in least] == sorted(p["kl_per_sequence"] for p in least) and len(least) > 3
-    assert least[0]["reward"] == pytest.approx(facts["frontier"][0]["reward"], abs=0.2)  # a high price buys nothing
+    assert least[0]["reward"] == pytest.approx(facts["frontier"][0]["reward"], rel=0.1)  # a high price buys nothing
     assert "| least KL (nats per sequence) | reward |" in done.stdout
     done = run("best_of_n.py", *options, "--largest_n", 21, cwd=tmp_path, check=False)
     assert done.returncode == 2 and "at most half of a prompt's 40 stories, got 21" in done.stderr

@@ -47,6 +47,8 @@ def test_conversations_count_like_their_text():
     assert alliteration_reward([prompt], [completion]) == [3.0]
     parts = [{"role": "assistant", "content": [{"type": "text", "text": "tall tales"}]}]
     assert alliteration_reward([prompt], [parts]) == [3.0]
+    parts[0]["content"].append({"type": "image", "text": None})  # as Arrow fills it in
+    assert alliteration_reward([prompt], [parts]) == [3.0]
 
 
 @settings(max_examples=300, deadline=None)
