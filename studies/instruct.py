@@ -1,4 +1,4 @@
-"""A real language model under five penalties: what each reaches on topics that it was not trained on.
+"""A real language model under five penalties, and paid otherwise: what each reaches on topics that are held out.
 
     make smollm2
     python studies/instruct.py                                   # the recipe and four other penalties, three seeds
@@ -29,8 +29,20 @@ SETTINGS = {
     "beta_0": {"kl_budget_per_token": "none", "beta": 0},
     "beta_1": {"kl_budget_per_token": "none", "beta": 1},
     "beta_4": {"kl_budget_per_token": "none", "beta": 4},
+    "content": {  # words that carry meaning alone: no phrase such as "testament to the" pays
+        "reward_funcs": "kl_alliteration.rewards.content_alliteration_in_25_words",
+        "reward_discount": 0.8,
+        "kl_to_go": True,
+        "optim": "sgd",  # its gradients are clipped to a norm of 1: the rate is the length of a step
+        "learning_rate": 0.06,
+        "warmup_steps": 1,
+        "lr_scheduler_kwargs": '{"timescale": 50}',
+        "gradient_accumulation_steps": 1,
+        "max_steps": 90,
+    },
 }
 COLUMNS = {
+    "reward_mean": "reward",
     "pairs_per_100_words": "pairs per 100 words",
     "exact_kl_per_token": "KL, nats per token",
     "distinct_2": "distinct-2",
