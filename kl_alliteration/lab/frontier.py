@@ -13,14 +13,7 @@ from ..story_lm import MODEL_PATH
 from ..yardsticks import centred, efficiency
 
 EMBEDDED = MODEL_PATH.parent / "frontier.json"
-NAMES = (
-    "model",
-    "reward_func",
-    "prompt",
-    "dataset_name",
-    "temperature",
-    "max_new_tokens",
-)  # that have to be the run's
+NAMES = ("model", "reward_func", "prompt", "dataset_name", "temperature", "max_new_tokens")  # the run's too
 STAYS = ("start", "base", "loaded")  # of kl_reference
 # Options with which a run samples, or is paid, otherwise than the base was, and their values that change nothing.
 PLAIN = {"top_k": (0,), "top_p": (1.0,), "min_p": (0.0,), "repetition_penalty": (1.0,)}
