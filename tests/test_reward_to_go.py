@@ -142,12 +142,14 @@ def test_grpo_divides_by_its_own_spread(grpo_enumerated):  # noqa: F811
 def test_tokens_of_a_group_whose_rewards_tie_have_no_thousand(grpo_enumerated):  # noqa: F811
     """GRPO divides by the spread of reward less penalty, and there that of the penalty alone is left."""
     trainer = rewarded(grpo_enumerated(scale_rewards="group"), FIXED)
-    trainer.reward_funcs = [lambda completions, **columns: [float(len(text.split()) != 1) for text in completions]]
+    trainer.reward_funcs = [
+        lambda completion_ids, **columns: [1.0 if len(ids) == 2 else float(ids[0] % 2) for ids in completion_ids]
+    ]
     trainer.reward_funcs[0].scores_prefixes = True
-    KLPenaltyCallback(trainer, KLPenalty("exact", "reward"))
+    KLPenaltyCallback(trainer, KLPenalty("k1", "reward"))
     use_reward_to_go(trainer)
     trainer.model.train()
-    trainer.beta = 1e-4
+    trainer.beta = 1e-3
     batch = trainer._generate_and_score_completions([{"prompt": "b c"}] * len(FIXED))
     advantages, mask = batch["advantages"], batch["completion_mask"]
     assert seam_of(trainer).batch.rewards.unique().numel() == 1

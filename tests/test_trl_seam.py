@@ -138,7 +138,8 @@ def test_without_a_baseline_the_weights_are_the_rewards_less_the_penalty(make_tr
 
 def test_at_beta_zero_there_is_nothing_to_replace(make_trainer):
     trainer = make_trainer(beta=0.0, max_steps=2)
-    trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("k3", "both")))
+    with pytest.warns(kl.KLWarning, match="the penalty charges nothing"):
+        trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("k3", "both")))
     with_callback = logged(trainer)
     assert with_callback == logged(make_trainer(beta=0.0, max_steps=2))
 
