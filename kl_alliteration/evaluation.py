@@ -193,7 +193,7 @@ def ask_reward(reward, rows: list[dict], completions: list, completion_ids: list
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         columns = {each.name: columns[each.name] for each in parameters if each.name in columns}
     asked = {"prompts": [row["prompt"] for row in rows], "completions": completions} | columns
-    if inspect.iscoroutinefunction(reward):
+    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(reward.__call__):
         raise ValueError("reward: an asynchronous one is a trainer's to ask; give a function that returns the rewards")
     answer = list(reward(**asked))
     if len(answer) != len(completions):
