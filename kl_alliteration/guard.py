@@ -77,6 +77,7 @@ class CollapseGuardCallback(TrainerCallback):
         self.seam.after_batch.append(self.observe)
         self.recent: list[dict[str, float]] = []
         self.first_distinct_2: float | None = None
+        self.entropy: float | None = None  # of the last update, which a log takes out of the trainer's metrics
         self.last_good: str | None = None
         self.collapse: str | None = None  # what ended the run, in words
         self.factor = 1.0
@@ -99,8 +100,8 @@ class CollapseGuardCallback(TrainerCallback):
             seen["distinct_2_left"] = distinct_2 / self.first_distinct_2
         if rollout is not None:
             seen["kl_per_sequence"] = self.seam.mean_per_sequence(rollout.ref_log_ratio, rollout.completion_mask)
-        if entropies := self.seam.metrics.get("entropy"):
-            seen["entropy_per_token"] = entropies[-1]  # of the update before
+        if self.entropy is not None:
+            seen["entropy_per_token"] = self.entropy
         self.recent = [*self.recent, seen][-self.smoothing :]
         for name, value in self.mean().items():
             self.seam.metrics[f"guard/{name}"].append(value)
@@ -110,12 +111,14 @@ class CollapseGuardCallback(TrainerCallback):
         return {name: sum(seen[name] for seen in self.recent) / len(self.recent) for name in sorted(names)}
 
     def on_step_end(self, args, state, control, **kwargs):
+        if entropies := self.seam.metrics.get("entropy"):
+            self.entropy = entropies[-1]
         if control.should_save:
             self.protect(args, state, self.last_good)
         state.stateful_callbacks[self.STATE] = {
             "args": {},
             "attributes": {"first_distinct_2": self.first_distinct_2, "recent": self.recent}
-            | {"factor": self.factor, "rollbacks": self.rollbacks},
+            | {"factor": self.factor, "rollbacks": self.rollbacks, "entropy": self.entropy},
         }
         broken = self.limits.broken(self.mean()) if len(self.recent) == self.smoothing else []
         if not broken or self.collapse:
@@ -126,7 +129,8 @@ class CollapseGuardCallback(TrainerCallback):
         good = f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no good checkpoint"
         if state.is_world_process_zero:
             warnings.warn(f"collapse at {self.collapse}; {good}", kl.KLWarning, stacklevel=2)
-        control.should_training_stop = self.action != "warn"
+        if self.action != "warn":
+            control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if control.should_save:
@@ -144,10 +148,10 @@ class CollapseGuardCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.protect(args, state, None)  # of the checkpoint that this run goes on from
-        self.recent, self.collapse = [], None
+        self.recent, self.collapse, self.entropy = [], None, None
         if state.global_step and (saved := state.stateful_callbacks.get(self.STATE)):
             self.first_distinct_2 = saved["attributes"]["first_distinct_2"]
-            self.recent = saved["attributes"].get("recent", [])
+            self.recent, self.entropy = saved["attributes"].get("recent", []), saved["attributes"].get("entropy")
             # Of another process's rollbacks; this one's own are beyond what a checkpoint from before them knows.
             self.factor = max(self.factor, saved["attributes"].get("factor", 1.0))
             self.rollbacks = min(self.rollbacks, saved["attributes"].get("rollbacks", self.rollbacks))

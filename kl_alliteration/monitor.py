@@ -4,7 +4,7 @@ import torch
 from transformers import TrainerCallback
 
 from . import kl
-from ._trl import last_reward_std, listen_to_engine, seam_of
+from ._trl import last_rewards, listen_to_engine, seam_of, spread_in_groups
 from .sampling_options import warn_of_sampling
 
 
@@ -12,8 +12,8 @@ class KLMonitorCallback(TrainerCallback):
     """Logs the KL by several estimators, per token and per sequence, over all processes, under `kl/`.
 
     `kl/{k1,k2,k3}_per_token` and `_per_sequence`, with `exact` also `kl/exact_...`; `kl/max_per_sequence`, the
-    furthest completion of the batch; `kl/beta`; `kl/share_of_spread`, the penalty's standard deviation
-    over the sum of the penalty's and the reward's; with a budget `kl/budget_use`, KL over budget, and
+    furthest completion of the batch; `kl/beta`; `kl/share_of_spread`, the penalty's standard deviation within
+    groups over the sum of the penalty's and the reward's; with a budget `kl/budget_use`, KL over budget, and
     `kl/over_budget_share`; where completions are used for several updates (`num_iterations` > 1)
     `kl/rollout_per_sequence`, the mean log-ratio of the policy that sampled them and the policy as it is: that is
     what clipping bounds, not the KL to the reference. Where the engine that samples says how likely its tokens were,
@@ -53,7 +53,6 @@ class KLMonitorCallback(TrainerCallback):
         best = per_sequence[self.names[-1] if "exact" in self.names else "k1"]
         sums = [
             lengths.sum(),
-            torch.ones_like(lengths).sum(),
             (lengths > 0).sum(),
             *(values.sum() for values in per_sequence.values()),
         ]
@@ -61,9 +60,7 @@ class KLMonitorCallback(TrainerCallback):
             if budget > 0:
                 sums.append((best / (budget * lengths.clamp(min=1))).sum())
             sums.append((best > budget * lengths).sum())
-        tokens, completions, sequences, *totals = accelerator.reduce(
-            torch.stack([s.double() for s in sums]), "sum"
-        ).tolist()
+        tokens, sequences, *totals = accelerator.reduce(torch.stack([s.double() for s in sums]), "sum").tolist()
         sequences = max(sequences, 1)  # of which a token counts: of truncated ones none may
         for name, total in zip(self.names, totals, strict=False):
             metrics[f"kl/{name}_per_token"].append(total / max(tokens, 1))
@@ -77,10 +74,11 @@ class KLMonitorCallback(TrainerCallback):
         metrics["kl/max_per_sequence"].append(accelerator.gather(best).max().item())
         metrics["kl/beta"].append(self.seam.beta)
         if self.seam.beta != 0 and self.seam.last_penalty is not None:
-            penalty_std = self.seam.beta * accelerator.gather(self.seam.last_penalty).std(correction=0).item()
-            reward_std = last_reward_std(self.trainer, int(completions))
-            spread = penalty_std + reward_std
-            metrics["kl/share_of_spread"].append(penalty_std / spread if spread else 0.0)
+            penalty = self.seam.beta * accelerator.gather(self.seam.last_penalty)
+            spreads = [
+                spread_in_groups(self.trainer, each) for each in (penalty, last_rewards(self.trainer)[-len(penalty) :])
+            ]
+            metrics["kl/share_of_spread"].append(spreads[0] / sum(spreads) if sum(spreads) else 0.0)
 
     def observe_sampler(self, rollout: kl.Rollout) -> None:
         """KL(sampler || policy) of what another engine sampled: 0 but for rounding where both are one policy."""

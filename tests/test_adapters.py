@@ -1,10 +1,7 @@
-"""Adapters: off is the base, on is the policy, bit for bit; reference modes; stacking; checkpoints cut off."""
+"""Adapters: off is the base, on is the policy, bit for bit; merging; stacking."""
 
 import json
 import os
-import shutil
-import signal
-import sys
 
 import pytest
 import torch
@@ -15,11 +12,10 @@ from transformers import (
     GPTNeoConfig,
     LlamaConfig,
     Qwen2Config,
-    TrainerCallback,
     set_seed,
 )
 
-from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback
+from kl_alliteration import KLPenalty, KLPenaltyCallback
 from kl_alliteration.adapters import (
     check_trains,
     default_lora_config,
@@ -29,9 +25,6 @@ from kl_alliteration.adapters import (
     probe,
     save_stacked,
 )
-from kl_alliteration.lab.run import save_final
-from kl_alliteration.lab.runs import last_checkpoint
-from kl_alliteration.references import MovingAverageReferenceCallback, ReferenceCallback, ResetReferenceCallback
 from kl_alliteration.story_lm import MODEL_PATH
 
 IDS = torch.arange(24).view(2, 12)
@@ -172,133 +165,6 @@ def test_an_adapter_knows_its_base(tmp_path, monkeypatch):
         load_adapter(str(tmp_path), base=str(MODEL_PATH), revision="v2")
 
 
-def parameters(model, adapter: str) -> dict[str, torch.Tensor]:
-    return {n.replace(f".{adapter}.", "."): p.clone() for n, p in model.named_parameters() if f".{adapter}." in n}
-
-
-def test_start_is_a_frozen_copy_and_the_base_stays_in_view(make_trainer):
-    trainer = make_trainer(lora=default_lora_config(), max_steps=3)
-    randomized(trainer.model)
-    start = parameters(trainer.model, "default")
-    ReferenceCallback(trainer)
-    trainer.train()
-    assert all(torch.equal(p, start[n]) for n, p in parameters(trainer.model, "ref").items())
-    assert any(not torch.equal(p, start[n]) for n, p in parameters(trainer.model, "default").items())
-    first, *_, last = [e for e in trainer.state.log_history if "kl" in e]
-    assert first["kl"] == 0 and last["kl"] != 0  # to the start
-    assert abs(first["kl/base_per_token"]) > 1e-3  # to the base, from which the start is away
-
-
-def test_base_kl_is_that_of_a_run_with_the_base_as_its_reference(make_trainer):
-    """Two runs with the same policy: at beta 0 the reference only watches."""
-    runs = {}
-    for mode in ("start", "base"):
-        trainer = make_trainer(lora=default_lora_config(), max_steps=3, beta=0.0)
-        randomized(trainer.model)
-        trainer.add_callback(KLMonitorCallback(trainer))
-        trainer.add_callback(ReferenceCallback(trainer, mode))
-        set_seed(3)  # making a reference adapter draws numbers
-        trainer.train()
-        runs[mode] = [e for e in trainer.state.log_history if "kl/k1_per_token" in e]
-    for start, base in zip(runs["start"], runs["base"], strict=True):
-        for unit in ("per_token", "per_sequence"):
-            assert start[f"kl/base_{unit}"] == pytest.approx(base[f"kl/k1_{unit}"], rel=1e-5)
-    assert runs["start"][-1]["kl/k1_per_token"] != runs["base"][-1]["kl/k1_per_token"]
-
-
-def test_moving_average_by_hand(make_trainer):
-    trainer = make_trainer(lora=default_lora_config(), max_steps=1)
-    callback = MovingAverageReferenceCallback(trainer, alpha=0.25, steps=2)
-    for name, parameter in trainer.model.named_parameters():
-        if ".default." in name:
-            parameter.data.fill_(8.0)
-        elif ".ref." in name:
-            parameter.data.fill_(4.0)
-    for step, expected in ((1, 4.0), (2, 5.0), (3, 5.0), (4, 5.75)):  # 0.25 * 8 + 0.75 * 4, then 0.25 * 8 + 0.75 * 5
-        trainer.state.global_step = step
-        callback.on_step_end(trainer.args, trainer.state, trainer.control)
-        assert all((p == expected).all() for p in parameters(trainer.model, "ref").values())
-
-
-def test_reset_at_steps_and_at_a_bound(make_trainer):
-    trainer = make_trainer(lora=default_lora_config(), max_steps=6)
-    trainer.add_callback(ResetReferenceCallback(trainer, steps=3))
-    trainer.train()
-    entries = [e for e in trainer.state.log_history if "kl" in e]
-    assert [e["kl/reference_resets"] for e in entries] == [0, 0, 1, 0, 0, 1]
-    assert [e["kl"] == 0 for e in entries] == [True, False, False, True, False, False]
-    assert entries[3]["kl/base_per_token"] != 0
-
-    trainer = make_trainer(lora=default_lora_config(), max_steps=6)
-    trainer.add_callback(KLMonitorCallback(trainer))
-    trainer.add_callback(ResetReferenceCallback(trainer, kl_per_sequence=0.01))
-    trainer.train()
-    for entry in (e for e in trainer.state.log_history if "kl" in e):
-        assert entry["kl/reference_resets"] == (entry["kl/k1_per_sequence"] > 0.01)
-    assert any(e.get("kl/reference_resets") for e in trainer.state.log_history)
-
-
-def test_no_evaluation_resets_the_reference(make_trainer):
-    trainer = make_trainer(lora=default_lora_config(), max_steps=4, num_iterations=2, learning_rate=0.1)
-    reset = ResetReferenceCallback(trainer, kl_per_sequence=1e-4)
-    trainer.add_callback(reset)
-    trainer.train()
-    seen = reset.last_kl = 5.0
-    trainer.evaluate(trainer.train_dataset.select(range(4)))
-    assert reset.last_kl == seen
-
-
-def test_reset_forgets_the_optimizer_only_when_asked(make_trainer):
-    for asked in (False, True):
-        trainer = make_trainer(lora=default_lora_config(), max_steps=2)
-        trainer.add_callback(ResetReferenceCallback(trainer, steps=2, reset_optimizer=asked))
-        trainer.train()
-        assert (len(trainer.optimizer.state) == 0) == asked
-
-
-@pytest.mark.parametrize("mode", ["start", "moving_average", "reset"])
-def test_a_resumed_run_goes_on_with_the_same_reference(make_trainer, mode, tmp_path):
-    def made(folder):
-        trainer = make_trainer(
-            lora=default_lora_config(), max_steps=4, save_strategy="steps", save_steps=2, output_dir=str(folder)
-        )
-        randomized(trainer.model)  # so that a reference made anew would not be the saved one
-        callback = {
-            "start": lambda: ReferenceCallback(trainer),
-            "moving_average": lambda: MovingAverageReferenceCallback(trainer, 0.5, steps=1),
-            "reset": lambda: ResetReferenceCallback(trainer, steps=1),
-        }[mode]()
-        trainer.add_callback(callback)
-        return trainer
-
-    whole = made(tmp_path / "whole")
-    whole.train()
-    half = made(tmp_path / "half")
-    with torch.no_grad():
-        for parameter in half.model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(1.0)  # the new process's adapter is another one
-    half.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
-    expected = [e for e in whole.state.log_history if e.get("step", 0) > 2 and "kl" in e]
-    found = [e for e in half.state.log_history if e.get("step", 0) > 2 and "kl" in e]
-    for name in ("kl", "kl/base_per_token", "reward"):
-        assert [e[name] for e in found] == [e[name] for e in expected]
-    for name, parameter in parameters(half.model, "ref").items():
-        assert torch.equal(parameter, parameters(whole.model, "ref")[name])
-
-
-def test_references_refuse_what_they_cannot_do(make_trainer):
-    with pytest.raises(ValueError, match="needs a model with an adapter"):
-        ReferenceCallback(make_trainer())
-    trainer = make_trainer(lora=True)
-    with pytest.raises(ValueError, match="reference must be one of"):
-        ReferenceCallback(trainer, "policy")
-    with pytest.raises(ValueError, match=r"alpha must be in \(0, 1\], got 0"):
-        MovingAverageReferenceCallback(trainer, alpha=0)
-    with pytest.raises(ValueError, match="a reset needs steps, or kl_per_sequence"):
-        ResetReferenceCallback(trainer)
-
-
 @pytest.mark.parametrize("variant", ["lora", "dora", "rslora"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_merged_logits_agree(family, variant):
@@ -357,86 +223,3 @@ def test_what_has_no_sum_is_no_stack(tmp_path, options):
     for below, above in (("plain", "other"), ("other", "plain")):
         with pytest.raises(ValueError, match=f"one adapter for plain LoRA alone, got LORA {next(iter(options))}"):
             save_stacked(str(tmp_path / below), str(tmp_path / above), str(tmp_path / "one"))
-
-
-class Killer:
-    """Kills its process at the n-th time that it opens or makes something under a folder."""
-
-    def __init__(self, folder: str, n: int):
-        self.folder, self.left = folder, n
-
-    def __call__(self, event, args):
-        if event in ("open", "os.mkdir", "os.rename") and self.folder in str(args[0]):
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_any_moment_of_saving(make_trainer, tmp_path):
-    """The checkpoint before loads and goes on; a half-written one is never taken."""
-
-    def made(folder, steps=3):
-        trainer = make_trainer(
-            lora=default_lora_config(r=2), max_steps=steps, save_strategy="steps", save_steps=1, output_dir=str(folder)
-        )
-        trainer.add_callback(ReferenceCallback(trainer))
-        return trainer
-
-    taken = []
-
-    class Children(TrainerCallback):
-        """At the end of step 2: a child a moment, each with a folder of its own, goes on to save and is killed."""
-
-        child = None
-
-        def on_step_end(self, args, state, control, **kwargs):
-            for n in range(1, 40 if state.global_step == 2 else 1):
-                folder = tmp_path / str(n)
-                shutil.copytree(tmp_path / "whole", folder)
-                self.child = os.fork()
-                if self.child == 0:
-                    args.output_dir = str(folder)
-                    sys.addaudithook(Killer(f"{folder}/checkpoint-2", n))
-                    return
-                _, status = os.waitpid(self.child, 0)
-                taken.append((folder, last_checkpoint(folder), status))
-                if not os.WIFSIGNALED(status):
-                    break
-
-        def on_train_end(self, args, state, control, **kwargs):
-            if self.child == 0:
-                os._exit(0)
-
-    whole = made(tmp_path / "whole", steps=2)
-    whole.add_callback(Children())
-    whole.train()
-    for n, (folder, checkpoint, status) in enumerate(taken, start=1):
-        if os.WIFSIGNALED(status):
-            assert os.WTERMSIG(status) == signal.SIGKILL
-        if n % 4 == 1 or not os.WIFSIGNALED(status):
-            trainer = made(folder)
-            trainer.train(resume_from_checkpoint=checkpoint)
-            assert trainer.state.global_step == 3
-    steps = [int(checkpoint.rpartition("-")[2]) for _, checkpoint, _ in taken]
-    assert n > 6 and steps[:-1].count(1) >= n - 3 and steps[-1] == 2
-
-
-def test_a_final_save_that_is_cut_off_leaves_the_old_adapter(make_trainer, tmp_path, monkeypatch):
-    trainer = make_trainer(lora=default_lora_config(r=2))
-    save_final(trainer)
-    before = (tmp_path / "adapter_model.safetensors").read_bytes()
-    randomized(trainer.model)
-
-    def half(folder, **kwargs):
-        os.makedirs(folder)
-        with open(f"{folder}/adapter_model.safetensors", "wb") as file:
-            file.write(before[:100])
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(trainer, "save_model", half)
-        save_final(trainer)
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
-    save_final(trainer)
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() != before and not (tmp_path / "_unfinished").exists()

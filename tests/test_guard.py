@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from kl_alliteration import CollapseGuardCallback, CollapseLimits, KLControlCallback, control
 from kl_alliteration._trl import seam_of
@@ -34,6 +35,32 @@ def test_it_warns_once_and_goes_on(make_trainer):
     with pytest.warns(KLWarning, match="collapse at step 2") as caught:
         trainer.train()
     assert trainer.state.global_step == 6 and sum("collapse" in str(w.message) for w in caught) == 1
+
+
+def test_warning_alone_takes_nobody_s_stop_back(make_trainer):
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    trainer = make_trainer(max_steps=6)
+    trainer.add_callback(Stops())
+    trainer.add_callback(CollapseGuardCallback(trainer, action="warn", limits=ALWAYS))
+    with pytest.warns(KLWarning, match="collapse at step 2"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("logging_steps", [1, 2, 5])
+def test_the_entropy_is_that_of_the_update_before_whatever_is_logged_in_between(make_trainer, logging_steps):
+    trainer = make_trainer(max_steps=6, logging_steps=logging_steps)
+    none = dict.fromkeys(("different_share", "distinct_2_left", "compression_ratio"))
+    guard = CollapseGuardCallback(trainer, limits=CollapseLimits(**none, entropy_per_token=100.0), smoothing=2)
+    trainer.add_callback(guard)
+    with pytest.warns(
+        KLWarning, match="collapse at step 3: entropy_per_token"
+    ):  # the first batch has no update before
+        trainer.train()
+    assert trainer.state.global_step == 3
 
 
 def test_what_it_sees_is_of_the_batch(make_trainer):

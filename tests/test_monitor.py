@@ -41,7 +41,10 @@ def test_every_number_of_a_batch(make_trainer):
     assert entry["kl/max_per_sequence"] == pytest.approx((exact * mask).sum(1).max().item(), abs=1e-6)
     assert entry["kl/exact_per_token"] > 1e-4
     rewards = torch.tensor(list(trainer._logs["rewards"]["reward"]))
-    penalty, reward = 0.5 * k3.sum(1).std(correction=0), rewards.std(correction=0)
+    of_groups = [
+        (each - each.mean(1, keepdim=True)).std(correction=0) for each in (k3.sum(1).view(2, 4), rewards.view(2, 4))
+    ]
+    penalty, reward = 0.5 * of_groups[0], of_groups[1]
     assert entry["kl/share_of_spread"] == pytest.approx((penalty / (penalty + reward)).item(), rel=1e-4)
     assert "kl/budget_use" not in entry
 

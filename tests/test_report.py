@@ -134,6 +134,15 @@ def test_the_order_of_rewards(tmp_path):
     assert order_of_rewards(dict(list(groups.items())[:2])) is None
 
 
+def test_groups_of_one_beta_all_count_in_the_order_of_rewards(tmp_path):
+    found = {"low": (0.0, 9.0), "one": (1.0, 6.0), "one_with_a_budget": (1.0, 3.0)}
+    groups = {name: [a_run(tmp_path, f"{name}_seed_0", *numbers)] for name, numbers in found.items()}
+    assert order_of_rewards(groups) is None  # of two betas
+    groups["high"] = [a_run(tmp_path, "high_seed_0", 10.0, 1.0)]
+    # ranks 1 2.5 2.5 4 against 4 3 2 1, about their mean: (-1.5 * 1.5 + 0 + 0 - 1.5 * 1.5) / sqrt(4.5 * 5)
+    assert order_of_rewards(groups) == pytest.approx(-4.5 / 22.5**0.5)
+
+
 def test_a_browser_finds_each_figure_and_story(browser, tmp_path):
     a_run(tmp_path, "beta_0.1_seed_0", 0.1, 10.0)
     a_run(tmp_path, "beta_10_seed_0", 10, 4.0)

@@ -16,7 +16,7 @@ from test_off_policy import UNCLIPPED
 from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from kl_alliteration import KLPenalty, KLPenaltyCallback, use_fast_sampling, use_reward_to_go
-from kl_alliteration._trl import partial_rewards, seam_of
+from kl_alliteration._trl import seam_of
 from kl_alliteration.credit import less_the_mean, to_go
 from kl_alliteration.kl import KLWarning
 
@@ -200,33 +200,6 @@ def test_less_the_mean_by_hand():
     assert less_the_mean(pairs, 2, leave_one_out=True).tolist() == [[-2, -4], [2, 4]]
 
 
-class Words:
-    """Rewards by text, `None` where it has none; remembers what it was asked."""
-
-    __name__ = "words"
-
-    def __init__(self, scores_prefixes=True):
-        self.asked, self.scores_prefixes = [], scores_prefixes
-
-    def __call__(self, completions, completion_ids, noun, log_metric, log_extra, **columns):
-        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-        assert (log_metric is None) == (log_extra is None) == bool(self.asked)  # of prefixes there is nothing to log
-        self.asked.append(list(zip(texts, completion_ids, noun, strict=True)))
-        return [None if text == "a" else float(len(text)) for text in texts]
-
-
-def worth_of_prefixes(enumerated, completions, functions, step=1, **options):  # noqa: F811
-    trainer = rewarded(enumerated(completions, **options), completions)
-    trainer.reward_funcs, names = functions, [f.__name__ for f in functions]
-    trainer.reward_func_names, trainer.reward_weights = names, torch.tensor([1.0, 10.0][: len(functions)])
-    trainer.reward_processing_classes = [None] * len(functions)
-    seam_of(trainer)
-    trainer.model.train()
-    rows = [{"prompt": "b c", "noun": f"n{i}"} for i in range(len(completions))]
-    batch = trainer._generate_and_score_completions(rows)
-    return partial_rewards(seam_of(trainer), batch["completion_ids"], batch["completion_mask"], step)
-
-
 @pytest.mark.parametrize("discount", [1.0, 0.6])
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
 def test_beside_one_by_token_a_reward_of_whole_texts_is_credited_as_trl_does(
@@ -249,47 +222,6 @@ def test_beside_one_by_token_a_reward_of_whole_texts_is_credited_as_trl_does(
     expected = told[0].unsqueeze(1) * batch["completion_mask"]
     torch.testing.assert_close(credited[0] * batch["completion_mask"], expected.to(credited[0]), atol=1e-5, rtol=0)
     assert expected.std() > 0.1
-
-
-def test_rewards_of_prefixes(enumerated):  # noqa: F811
-    words = Words()
-    found, ends = worth_of_prefixes(enumerated, [[2, 3], [3, 2], [4]], [words])
-    # "a" has none and counts as nothing; "a b", "b", "b a" are as long as they are; "c" is over after one token.
-    assert found.tolist() == [[0, 3], [1, 3], [1, 1]]
-    assert ends.tolist() == [[0, 1], [0, 1], [0, 0]]
-    assert words.asked[1] == [("a", [2], "n0"), ("b", [3], "n1")]  # with the row's own columns
-
-
-def test_prefixes_of_a_conversation_are_the_assistant_s_message(enumerated):  # noqa: F811
-    trainer, words = rewarded(enumerated([[3, 2], [4, 4]]), [[3, 2], [4, 4]]), Words()
-    ids, completions, texts = trainer._generate(["b c"] * 2)
-    trainer._generate = lambda prompts: (ids, completions, [[{"role": "assistant", "content": t}] for t in texts])
-    trainer.reward_funcs = [words]
-    seam_of(trainer)
-    trainer.model.train()
-    batch = trainer._generate_and_score_completions([{"prompt": "b c", "noun": "n"}] * 2)
-    found, _ = partial_rewards(seam_of(trainer), batch["completion_ids"], batch["completion_mask"], 1)
-    assert found.tolist() == [[1, 3], [1, 3]] and [text for text, *_ in words.asked[1]] == ["b", "c"]
-    seam_of(trainer).batch.rewarded[1][0].append({"role": "tool", "content": "c"})
-    with pytest.raises(ValueError, match="a completion in which tools speak has no prefixes"):
-        partial_rewards(seam_of(trainer), batch["completion_ids"], batch["completion_mask"], 1)
-
-
-def test_a_completion_without_a_reward_has_none_by_token(enumerated):  # noqa: F811
-    found, _ = worth_of_prefixes(enumerated, [[2], [3, 2]], [Words()])
-    assert found[0].isnan().all() and found[1].tolist() == [1, 3]
-
-
-def test_a_reward_of_whole_texts_is_not_asked_of_prefixes(enumerated):  # noqa: F811
-    whole = Words(scores_prefixes=False)
-    whole.__name__ = "whole"
-    found, _ = worth_of_prefixes(enumerated, [[3, 2], [4, 4]], [Words(), whole])
-    assert found.tolist() == [[1 + 30, 3 + 30], [1 + 30, 3 + 30]] and len(whole.asked) == 1
-
-
-def test_rewards_are_clipped_as_the_trainer_clips_them(enumerated):  # noqa: F811
-    found, _ = worth_of_prefixes(enumerated, [[3, 2], [4, 4]], [Words()], reward_clip_range=(0.0, 2.0))
-    assert found.tolist() == [[1, 2], [1, 2]]
 
 
 def make(tiny_model, tmp_path, prompts, **options):
@@ -330,7 +262,7 @@ def test_evaluation_has_no_credit(tiny_model, tmp_path):
 
 def test_where_no_reward_scores_prefixes_it_says_so(enumerated):  # noqa: F811
     trainer = rewarded(enumerated(), FIXED)
-    trainer.reward_funcs = [Words(scores_prefixes=False)]
+    trainer.reward_funcs = [lambda completions, **columns: [0.0] * len(completions)]
     with pytest.warns(KLWarning, match="reward_discount does nothing: of <lambda> none has `scores_prefixes = True`"):
         use_reward_to_go(trainer)
     assert seam_of(trainer).changes == []

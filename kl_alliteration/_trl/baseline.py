@@ -1,4 +1,4 @@
-"""REINFORCE on a stock `RLOOTrainer`: what RLOO's advantages are without the others' mean."""
+"""A batch's rewards and their groups: weighted, their spread, and RLOO's advantages without the others' mean."""
 
 import torch
 
@@ -30,3 +30,22 @@ def weighted(trainer, rewards: torch.Tensor) -> torch.Tensor:
     if clip := getattr(trainer, "reward_clip_range", None):
         total = total.clamp(*clip)
     return total.masked_fill(rewards.isnan().all(1), torch.nan)
+
+
+def group_size(trainer) -> int:
+    """Completions of a prompt, in training or in evaluation, whichever the trainer is in."""
+    return trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+
+
+def spread_in_groups(trainer, values: torch.Tensor) -> float:
+    """Standard deviation of (B of all processes,) values about their groups' means; 0 where none is a number."""
+    groups = values.view(-1, group_size(trainer))
+    return (groups - groups.nanmean(1, keepdim=True)).square().nanmean().sqrt().nan_to_num(nan=0.0).item()
+
+
+def share_of_ties(trainer, rewards: torch.Tensor) -> float:
+    """What TRL logs as `frac_reward_zero_std`, of (B of all processes, functions) rewards without a penalty."""
+    whole = getattr(trainer, "scale_rewards", "group") == "batch"
+    groups = weighted(trainer, rewards).view(-1, len(rewards) if whole else group_size(trainer))
+    spread = (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
+    return spread.isclose(torch.zeros_like(spread)).float().mean().item()

@@ -6,7 +6,7 @@ import torch
 from trl.trainer.utils import nanstd, pad
 
 from .. import kl
-from .baseline import weighted
+from .baseline import share_of_ties, weighted
 from .looking_on import look_on
 from .loss_types import check_loss_type, divisor_of_completions, scale_of_batch, scale_of_credit
 from .penalised import Batch, LossPass, PenaltySeam
@@ -163,10 +163,11 @@ class GRPOSeam(PenaltySeam):
         batch.rollout, batch.ref_head = rollout, reference.head
 
     def _put_right(self, output: dict) -> None:
-        """The log's reward without the penalty in it, and the spread by which TRL has divided, for the loss's half."""
+        """The log's rewards without the penalty in them; the spread by which TRL has divided, for the loss's half."""
         trainer, batch = self.trainer, self.batch
         rewards, metrics = weighted(trainer, batch.rewards), self.metrics
         metrics["reward"][-1], metrics["reward_std"][-1] = rewards.nanmean().item(), nanstd(rewards).item()
+        metrics["frac_reward_zero_std"][-1] = share_of_ties(trainer, batch.rewards)
         if self.in_loss:
             output["kl_scale"] = scale_of_batch(trainer, batch, len(batch.penalty))
 

@@ -4,7 +4,7 @@ import torch
 import trl
 from trl.trainer.utils import nanstd
 
-from .baseline import weighted
+from .baseline import group_size, weighted
 from .seam import READ_FROM, UnknownTRLError
 
 LOSS_TYPES = ("grpo", "sapo", "bnpo", "dr_grpo", "luspo", "dapo", "cispo", "vespo")
@@ -73,8 +73,7 @@ def scale_of_advantages(trainer, charged: torch.Tensor) -> torch.Tensor:
     """
     scale = torch.ones_like(charged)
     if trainer.scale_rewards != "none":
-        size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
-        groups = charged.view(-1, size if trainer.scale_rewards == "group" else len(charged))
+        groups = charged.view(-1, group_size(trainer) if trainer.scale_rewards == "group" else len(charged))
         spread = nanstd(groups, dim=1).repeat_interleave(groups.shape[1])
         scale = torch.where(spread < 1e-4, 1.0, 1 / (spread + 1e-4)).masked_fill(spread.isnan(), torch.nan)
     return scale.masked_fill(charged.isnan() | scale.isnan(), 0.0)

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from .. import kl
+from .baseline import share_of_ties
 from .penalised import Batch, LossPass, PenaltySeam
 from .scoring import Scored
 from .seam import unknown_order
@@ -64,8 +65,10 @@ class RLOOSeam(PenaltySeam):
         batch.under_way, batch.scored, rollout = False, [], batch.rollout
         self._keep_for_loss(output)
         if rollout is not None and not self.is_stock and beta != 0:
-            # TRL logged the penalty under `kl`, which means the mean log-ratio in nats per token.
+            # TRL logged the penalty under `kl`, which means the mean log-ratio in nats per token, and counted the
+            # groups whose rewards less the penalty tie, which few do.
             self.metrics["kl"][-1] = self.mean_per_token(rollout.ref_log_ratio, rollout.completion_mask)
+            self.metrics["frac_reward_zero_std"][-1] = share_of_ties(self.trainer, batch.rewards)
         self.tell(rollout)
         return output
 

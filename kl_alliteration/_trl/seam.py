@@ -185,8 +185,8 @@ def last_rewards(trainer) -> torch.Tensor:
     return weighted(trainer, torch.tensor(list(trainer._logs["rewards"].values())).T)
 
 
-def last_reward_std(trainer, completions: int | None = None) -> float:
-    """Spread of the last rewards that apply, of the last `completions` or of all that are kept; 0 where none does."""
-    rewards = last_rewards(trainer)[-completions if completions else None :]
+def last_reward_std(trainer) -> float:
+    """Spread of the last rewards that apply; 0 where none does."""
+    rewards = last_rewards(trainer)
     rewards = rewards[~rewards.isnan()]
     return rewards.std(correction=0).item() if len(rewards) else 0.0

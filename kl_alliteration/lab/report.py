@@ -121,19 +121,19 @@ def conclusions(groups: dict[str, list[Path]]) -> list[list[str]]:
 
 def order_of_rewards(groups: dict[str, list[Path]]) -> float | None:
     """Spearman's rank correlation of the groups' betas and mean final rewards; `None` for fewer than three betas."""
-    means = {
-        beta_of(runs[0]): statistics.fmean(j["reward_mean"] for j in done)
+    means = [
+        (beta_of(runs[0]), statistics.fmean(j["reward_mean"] for j in done))
         for runs in groups.values()
         if (done := summaries(runs, "after"))
-    }
-    if len(means) < 3:
+    ]
+    betas, rewards = [beta for beta, _ in means], [reward for _, reward in means]
+    if len(set(betas)) < 3 or len(set(rewards)) < 2:
         return None
     # Equal values share the mean of their ranks.
     ranks = [
-        [sum(w < v for w in values) + sum(w == v for w in values) / 2 for v in values]
-        for values in (list(means), list(means.values()))
+        [sum(w < v for w in values) + sum(w == v for w in values) / 2 for v in values] for values in (betas, rewards)
     ]
-    return statistics.correlation(*ranks) if len(set(ranks[1])) > 1 else None
+    return statistics.correlation(*ranks)
 
 
 def stories(groups: dict[str, list[Path]]) -> dict[str, list[heat.Story]]:
