@@ -174,7 +174,7 @@ class Schedule:
 
 
 class KLControlCallback(TrainerCallback):
-    """Change `trainer.beta` by a rule, from one generation batch to the next.
+    """Change `trainer.beta` by a rule, from one generation batch to the next; logs its target, `kl/target_per_token`.
 
     The rule's state goes into `trainer_state.json` of every checkpoint and comes back from it. On several processes
     every rank sees the same pooled KL and so has the same beta.
@@ -213,6 +213,8 @@ class KLControlCallback(TrainerCallback):
                 mean = (before * earlier + mean * tokens) / max(1.0, earlier + tokens)
                 tokens, completions = earlier + tokens, others + completions
             self.seen = mean, tokens, completions
+            if (target := getattr(self.controller, "target_kl_per_token", None)) is not None:
+                self.seam.metrics["kl/target_per_token"].append(target)
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.get(self.STATE)

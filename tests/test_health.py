@@ -11,7 +11,9 @@ import pytest
 import torch
 from conftest import reward
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, LlamaConfig, OPTConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import disable_dropout_in_model
 
 from kl_alliteration import KLHealthCallback, KLPenalty, KLPenaltyCallback, health
 from kl_alliteration.health import SYMPTOMS, Examined, Finding, diagnose, examine
@@ -44,7 +46,11 @@ BY_HAND = {
     "starts_apart": ({"kl": 0.011, "every": 1}, 1, {"kl": 0.009, "every": 1}),
     "sampler_differs": ({"kl__sampler_k1_per_token": -0.011}, 15, {"kl__sampler_k1_per_token": 0.009}),
     "penalty_is_noise": ({"kl__share_of_spread": 0.61}, 15, {"kl__share_of_spread": 0.59}),
-    "beta_winds": ({"beta": lambda i: 1.5**i}, 40, {"beta": lambda i: 1.2**i}),
+    "beta_winds": (
+        {"beta": lambda i: 1.5**i, "kl__target_per_token": 0.1},
+        40,
+        {"beta": lambda i: 1.2**i, "kl__target_per_token": 0.1},
+    ),
     "held_still": ({"reward": alternating(4, 0.1), "kl": 0.004}, 50, {"reward": alternating(4, 0.1), "kl": 0.006}),
     "length_is_learnt": (
         {"completions__mean_length": lambda i: 20 + 5 * i},  # the first three 25, 46 at the eighth's
@@ -88,6 +94,37 @@ def test_a_healthy_log_has_none_and_each_is_said_once():
     assert Examined(300, []).in_words() == "KL health after 300 steps: no alarm"
 
 
+@pytest.mark.parametrize(
+    "series",
+    [
+        {"beta": lambda i: 1.5**i},  # by a schedule: nothing holds a target
+        {"beta": lambda i: 0.05 if i < 4 else 1.0, "kl__target_per_token": 0.1},  # once, and then it stood
+        {"beta": lambda i: 2.0**i if i < 6 else 60.0 - i, "kl__target_per_token": 0.1},  # up, and down again
+        {"grad_norm": lambda i: math.inf if i < 2 else 1.0},  # as float16's scaler has it
+    ],
+)
+def test_what_is_meant_is_no_symptom(series):
+    assert diagnose(entries(20, **series)) == []
+
+
+def test_norms_of_the_gradient_that_stay_infinite_are_one():
+    found = diagnose(entries(grad_norm=math.inf))
+    assert [(each.symptom, each.step, each.seen) for each in found] == [("not_finite", 15, "grad_norm inf")]
+
+
+def test_rewards_that_are_all_the_same_are_no_signal_where_the_penalty_breaks_the_ties():
+    found = diagnose(entries(reward=1.0, reward_std=0.0, frac_reward_zero_std=0.0))
+    assert [(each.symptom, each.step) for each in found] == [("no_signal", 15)]
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [({"train/global_step": 30, "_step": 3}, 30), ({"_step": 3}, 3), ({"step": 7, "_step": 3}, 7)],
+)
+def test_an_export_counts_the_trainer_s_steps_where_it_has_them(step, expected):
+    assert diagnose([{"train/loss": math.nan} | step])[0].step == expected
+
+
 def test_evaluations_and_the_last_entry_are_passed_over():
     odd = [{"eval_reward": 1.0, "eval_kl": 99.0, "step": 3}, {"train_runtime": 3.0, "step": 60}]
     assert diagnose([*entries(), *odd]) == []
@@ -115,6 +152,63 @@ def test_the_callback_says_what_no_log_shows(make_trainer, caplog, tmp_path):
     assert lines[-1].startswith("KL health after 3 steps: 3 alarms")
     kept = [Finding(**row) for row in json.loads((tmp_path / "health.json").read_text())]
     assert kept == watching.findings and {each.symptom for each in kept} >= {"wrong_gradient", "dropout"}
+
+
+def test_truncated_sampling_is_no_alarm_for_a_penalty_that_is_exact(make_trainer):
+    trainer = make_trainer(top_k=5)
+    trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("exact", "both")))
+    seen = dict(KLHealthCallback(trainer).look_at_trainer())
+    assert seen["truncated_sampling"] is None
+
+
+@pytest.mark.parametrize(
+    ("config", "drops"),
+    [
+        (BloomConfig(vocab_size=20, hidden_size=16, n_layer=1, n_head=2), False),
+        (FalconConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), False),
+        (OPTConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16,
+                   word_embed_proj_dim=16, dropout=0.1), True),
+        (LlamaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                     attention_dropout=0.1), True),
+    ],
+    ids=lambda value: getattr(value, "model_type", value),
+)  # fmt: skip
+def test_dropout_is_seen_where_two_passes_differ(config, drops):
+    """After what TRL switches off."""
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+    disable_dropout_in_model(model)
+    ids = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids).logits) is not drops
+    assert any(health.drops(module) for module in model.modules()) is drops
+
+
+def test_a_start_apart_is_seen_however_seldom_is_logged(make_trainer):
+    trainer = make_trainer(max_steps=4, logging_steps=10)
+    trainer.add_callback(watching := KLHealthCallback(trainer))
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    trainer.train()
+    assert [(each.symptom, each.step) for each in watching.findings] == [("starts_apart", 1)]
+
+
+def test_a_new_run_in_the_folder_has_nothing_of_the_one_before(make_trainer, tmp_path):
+    trainer = make_trainer(beta=0.0)
+    trainer.add_callback(KLHealthCallback(trainer))
+    trainer.train()
+    assert json.loads((tmp_path / "health.json").read_text())
+    kept = []
+
+    class Reads(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            kept.append(json.loads((tmp_path / "health.json").read_text()))
+
+    trainer = make_trainer()
+    trainer.add_callback(KLHealthCallback(trainer))
+    trainer.add_callback(Reads())
+    trainer.train()
+    assert kept == [[]] * 3
 
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
@@ -191,6 +285,9 @@ def test_it_goes_on_where_a_checkpoint_was(make_trainer, tmp_path):
     trainer.train()
     assert [(each.symptom, each.step) for each in health.findings] == [("no_kl", 0)]
     trainer, health = run()
+    found = json.loads((tmp_path / "health.json").read_text())
+    found.append({"symptom": "collapse", "step": 7, "seen": "after the checkpoint"})
+    (tmp_path / "health.json").write_text(json.dumps(found))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert [(each.symptom, each.step) for each in health.findings] == [("no_kl", 0)]
     assert len(health.log.values["reward"]) == 8
@@ -247,10 +344,11 @@ def test_what_is_no_run_is_said_in_one_line(tmp_path, command, content, message)
 
 def test_odd_folders_and_entries_are_read_as_far_as_they_can_be(tmp_path, command):
     run = tmp_path / "run"
-    for name, kl in (("checkpoint-20", 2.0), ("checkpoint-9", 0.1), ("checkpoint-final2", 0.1)):
-        (run / name).mkdir(parents=True)
-        (run / name / "trainer_state.json").write_text(json.dumps({"log_history": entries(kl=kl)}))
-    assert "explodes" in command(run)[1]  # the newest by number
+    for name, kl, step in (("checkpoint-20", 2.0, 20), ("checkpoint-9", 0.1, 9), ("", 0.1, 12), ("other", 0.1, 30)):
+        (run / name).mkdir(parents=True, exist_ok=True)
+        state = {"global_step": step, "log_history": entries(kl=kl)}
+        (run / name / "trainer_state.json").write_text(json.dumps(state))
+    assert "explodes" in command(run)[1]  # the furthest, though the root's was saved last
     odd = tmp_path / "odd"
     odd.mkdir()
     for log in (None, "none", [None, 3]):

@@ -3,10 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY_RUN
+from datasets import Dataset
 from programs import fork_ranks
+from trl import GRPOConfig, GRPOTrainer
 from two_processes import controlled, rewards
 
 from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback, kl
+from kl_alliteration._trl import seam_of
 from kl_alliteration.kl import Rollout
 
 
@@ -192,3 +196,34 @@ def test_several_updates_of_one_batch_show_how_far_the_policy_went_from_the_one_
     logged = [e["kl/rollout_per_sequence"] for e in history if "kl/rollout_per_sequence" in e]
     assert len(logged) == 6 and logged == pytest.approx(ratios, abs=1e-4)
     assert max(abs(logged[0]), abs(logged[3])) < 1e-5 < 1e-3 < abs(logged[2])  # a batch is new, and used twice since
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_groups_whose_rewards_tie_are_those_of_rewards_without_the_penalty(make_trainer, tiny_model, tmp_path, kind):
+    def one_of_two_ties(completions, **kwargs):
+        return [1.0] * 4 + [0.0, 1.0, 0.0, 1.0]
+
+    if kind == "rloo":
+        trainer = make_trainer(reward_funcs=one_of_two_ties, learning_rate=0.1)
+    else:
+        trainer = GRPOTrainer(
+            model=str(tiny_model),
+            reward_funcs=one_of_two_ties,
+            args=GRPOConfig(**TINY_RUN | {"output_dir": str(tmp_path), "beta": 0.5, "learning_rate": 0.1}),
+            train_dataset=Dataset.from_dict({"prompt": ["once upon a time", "there was a"] * 8}),
+        )
+    trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("exact", "both")))
+    trainer.train()
+    assert seam_of(trainer).batch.penalty[:4].std() > 1e-3
+    shares = [e["frac_reward_zero_std"] for e in trainer.state.log_history if "reward" in e]
+    assert len(shares) == 3 and set(shares) == {0.5}
+
+
+def test_the_share_of_the_spread_is_within_groups(make_trainer):
+    def by_prompt(completions, **kwargs):
+        return [100.0 + 1e-3 * (i % 2) if i < 4 else 1e-3 * (i % 2) for i in range(8)]
+
+    trainer = make_trainer(reward_funcs=by_prompt, learning_rate=0.1)
+    trainer.add_callback(KLMonitorCallback(trainer))
+    found = [entry["kl/share_of_spread"] for entry in entries(trainer)]
+    assert found[0] == 0 and min(found[1:]) > 0.9  # half a thousandth is what differs among a prompt's completions

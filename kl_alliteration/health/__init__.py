@@ -95,11 +95,8 @@ def examine(path: str | Path) -> Examined:
         path (`str`): As for [`~health.log.read_entries`], which says what is not a run.
     """
     entries, folder = read_entries(path)
-    log = Log()
-    for entry in entries:
-        log.add(entry)
     found = {each.symptom: each for each in (*diagnose(entries), *read_findings(folder))}
-    return Examined(log.step, sorted(found.values(), key=lambda each: each.step))
+    return Examined(Log(entries).step, sorted(found.values(), key=lambda each: each.step))
 
 
 def read_findings(folder: Path) -> list[Finding]:
@@ -109,6 +106,12 @@ def read_findings(folder: Path) -> list[Finding]:
         return [Finding(**row) for row in rows if row["symptom"] in SYMPTOMS]
     except (OSError, ValueError, TypeError, KeyError):
         return []
+
+
+def drops(module: torch.nn.Module) -> bool:
+    """Whether it drops units by a number of its own, which TRL's `disable_dropout` leaves as it is."""
+    numbers = (value for name, value in vars(module).items() if "drop" in name)
+    return any(isinstance(value, float) and value > 0 for value in numbers)
 
 
 def tell(line: str, alarm: bool) -> None:
@@ -151,6 +154,9 @@ class KLHealthCallback(TrainerCallback):
     def observe(self, rollout: kl.Rollout | None) -> None:
         if rollout is None or not self.trainer.model.training:
             return
+        if self.trainer.state.global_step == 0 and self.log.step == 0:  # a log may begin when the policy has moved
+            kl_per_token = self.seam.mean_per_token(rollout.ref_log_ratio, rollout.completion_mask)
+            self.say(look(Log([{"step": 1, "kl": kl_per_token}])))
         sums = kl.reduce_per_sequence(rollout.ref_log_ratio, rollout.completion_mask, "sum")
         sums = self.trainer.accelerator.gather(sums)  # (B of all,)
         place = sums.abs().argmax().item()  # of one that is not a number, where there is one
@@ -187,9 +193,12 @@ class KLHealthCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.log, self.furthest = Log(), None
-        self.findings = read_findings(args.output_dir) if state.global_step else []
-        for entry in state.log_history if state.global_step else ():
-            self.log.add(entry)
+        self.findings = []
+        if state.global_step:
+            self.log = Log(state.log_history)
+            self.findings = [each for each in read_findings(args.output_dir) if each.step <= state.global_step]
+        if state.is_world_process_zero:
+            self.write()  # what an earlier run in this folder had is not of this one
         self.say([Finding(name, state.global_step, seen) for name, seen in self.look_at_trainer() if seen])
 
     def look_at_trainer(self) -> list[tuple[str, str | None]]:
@@ -199,11 +208,12 @@ class KLHealthCallback(TrainerCallback):
         wrong = contract is not None and contract.use_instead is not None
         changes = changes_of_sampling(trainer, self.seam.is_as_sampled)
         changes.pop("temperature", None)  # TRL scores at it too: the KL is that of the tempered policies, and unbiased
-        sampling = ", ".join(f"{name}={value}" for name, value in changes.items())
+        sampled = getattr(penalty, "estimator", "k1") in kl.SAMPLED
+        sampling = ", ".join(f"{name}={value}" for name, value in changes.items() if sampled)
         off = {
             name
             for name, module in trainer.accelerator.unwrap_model(trainer.model).named_modules()
-            if (isinstance(module, torch.nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0)
+            if (isinstance(module, torch.nn.Dropout) and module.p > 0) or drops(module)
         }
         moving = (MovingAverageReferenceCallback, ResetReferenceCallback)
         moves = [type(each).__name__ for each in trainer.callback_handler.callbacks if isinstance(each, moving)]

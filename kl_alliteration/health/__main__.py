@@ -21,6 +21,9 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", help="folders of runs, trainer_state.json, or files of metrics")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a text may hold what the terminal cannot show
+            stream.reconfigure(errors="replace")
     alarmed = unread = False
     for run in parser.parse_args().runs:
         try:

@@ -2,8 +2,8 @@
 
 import json
 import math
-import re
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 FEW = 3  # entries that a mean is taken of
@@ -12,15 +12,17 @@ FEW = 3  # entries that a mean is taken of
 class Log:
     """The entries of a training log so far, by name."""
 
-    def __init__(self):
+    def __init__(self, entries: Iterable[dict] = ()):
         self.step, self.values = 0, {}
+        for entry in entries:
+            self.add(entry)
 
     def add(self, entry: dict) -> bool:
         """One entry, if it is of training; whether it is. What is no number is left out, and `None` is not finite."""
         entry = {name.removeprefix("train/"): value for name, value in entry.items()}
         if not {"loss", "reward", "kl"} & set(entry):  # of an evaluation, or the last one, of times
             return False
-        step = entry.get("step", entry.get("_step"))
+        step = next((entry[name] for name in ("step", "global_step", "_step") if name in entry), None)
         self.step = int(step) if isinstance(step, (int, float)) and math.isfinite(step) else self.step + 1
         for name, value in entry.items():
             value = math.nan if value is None else value
@@ -66,10 +68,8 @@ def read_entries(path: str | Path) -> tuple[list[dict], Path]:
         )
     file = path
     if path.is_dir():
-        # The newest checkpoint knows the most.
-        found = [(re.fullmatch(r"checkpoint-(\d+)", p.parent.name), p) for p in path.glob("*/trainer_state.json")]
-        steps = {int(step[1]): p for step, p in found if step}
-        files = [path / "metrics.jsonl", path / "trainer_state.json", *(steps[step] for step in sorted(steps)[::-1])]
+        states = [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
+        files = [path / "metrics.jsonl", *sorted(states, key=_step_of, reverse=True)]  # the furthest knows the most
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise ValueError(
@@ -84,6 +84,14 @@ def read_entries(path: str | Path) -> tuple[list[dict], Path]:
     if not any({"loss", "reward", "kl"} & {name.removeprefix("train/") for name in entry} for entry in entries):
         raise ValueError(f"{str(file)!r} holds no entry with a loss, a reward or a kl: is it the log of a trainer?")
     return entries, path if path.is_dir() else file.parent
+
+
+def _step_of(state: Path) -> int:
+    """The step of a `trainer_state.json`; -1 where none can be read."""
+    try:
+        return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return -1
 
 
 def _lines(text: str) -> list[dict]:

@@ -64,9 +64,12 @@ def _no_kl(log: Log) -> str | None:
     "Use k1 or the exact KL, bf16 or float32, a smaller learning rate, and look at the text.",
 )
 def _not_finite(log: Log) -> str | None:
-    watched = [name for name in log.values if name in ("loss", "grad_norm") or name == "kl" or name.startswith("kl/")]
-    bad = [f"{name} {log.values[name][-1]}" for name in watched if not math.isfinite(log.values[name][-1])]
-    return ", ".join(bad) or None
+    watched = [name for name in log.values if name in ("loss", "kl") or name.startswith("kl/")]
+    bad = [name for name in watched if not math.isfinite(log.values[name][-1])]
+    norms = log.all("grad_norm")[-FEW:]  # in float16 one overflows now and then, and the step is left out
+    if len(norms) == FEW and not any(map(math.isfinite, norms)):
+        bad.append("grad_norm")
+    return ", ".join(f"{name} {log.values[name][-1]}" for name in bad) or None
 
 
 @symptom(
@@ -157,16 +160,20 @@ def _penalty_is_noise(log: Log) -> str | None:
 @symptom(
     "beta_winds",
     "within a factor of 10 of its start",
-    "A rule has moved beta one way all along: the target is out of reach, or the rule is faster than the policy.",
+    "A rule that holds a target has moved beta one way all along: the target is out of reach, or the rule is faster "
+    "than the policy.",
     "State a target that the run can reach, raise beta's start, or slow the rule (docs/control.md).",
 )
 def _beta_winds(log: Log) -> str | None:
     betas = [abs(value) for value in log.finite("kl/beta", "beta")]
-    if len(betas) < MANY or not min(betas[0], betas[-1]) > 0:
-        return None
-    ways = {later > earlier for earlier, later in zip(betas[-MANY:], betas[-MANY + 1 :], strict=False)}
+    if len(betas) < MANY or not min(betas[0], betas[-1]) > 0 or not log.present("kl/target_per_token"):
+        return None  # without a target beta moves as it was asked to
     factor = betas[-1] / betas[0]
-    if len(ways) == 1 and max(factor, 1 / factor) > 10:
+    one_way = all(
+        later > earlier if factor > 1 else later < earlier
+        for earlier, later in zip(betas[-MANY:], betas[-MANY + 1 :], strict=False)
+    )
+    if one_way and max(factor, 1 / factor) > 10:
         return f"beta from {betas[0]:.3g} to {betas[-1]:.3g}, {'up' if factor > 1 else 'down'} in {MANY} entries"
     return None
 
@@ -266,6 +273,8 @@ def _one_plot(log: Log) -> str | None:
 )
 def _no_signal(log: Log) -> str | None:
     value = log.recent("frac_reward_zero_std")
+    if log.recent("reward_std") == 0:  # RLOO with TRL's own penalty counts ties of rewards less the penalty
+        value = 1.0
     return f"{value:.2f} of the groups have rewards without spread" if value is not None and value > 0.8 else None
 
 
@@ -295,13 +304,13 @@ for known in (
         "truncated_sampling",
         "sampling from the policy itself",
         "Completions are drawn from another distribution than the one that is scored, so every sampled KL is biased.",
-        "top_p 1, top_k 0, min_p unset, no penalty of repetition; or the exact KL.",
+        "top_p 1, top_k 0, min_p unset, no penalty of repetition; or a penalty that is the exact KL.",
     ),
     Symptom(
         "dropout",
         "none",
         "Policy and reference are scored with other units switched off each time: noise in every log-ratio.",
-        "disable_dropout=True, and lora_dropout 0.",
+        "disable_dropout=True, lora_dropout 0, and dropout to 0 in the model's own configuration.",
     ),
     Symptom(
         "reference_moves",

@@ -16,7 +16,7 @@ LAYOUT = {
         "pairs that are ranked right (share)": ("rewards/accuracies",),
     },
     "2 KL to the reference": {
-        "KL, nats per token": (r"kl/(k1|k2|k3|exact)_per_token", "kl", "kl/base_per_token"),
+        "KL, nats per token": (r"kl/(k1|k2|k3|exact)_per_token", "kl", "kl/base_per_token", "kl/target_per_token"),
         "KL, nats per sequence": (r"kl/(k1|k2|k3|exact)_per_sequence", "kl/base_per_sequence"),
         "furthest completion, nats per sequence": ("kl/max_per_sequence",),
         "since the rollout, nats per sequence": ("kl/rollout_per_sequence",),
