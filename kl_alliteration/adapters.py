@@ -220,7 +220,7 @@ def go_back(model: PreTrainedModel | PeftModel, fraction: float, base: PreTraine
     is that of WiSE-FT (arXiv 2109.01903), and towards the reference in RLHF WARP's (arXiv 2406.16768).
 
     Args:
-        model: A whole model, or one with a LoRA adapter, whose product is scaled.
+        model: A whole model, or one with a LoRA adapter, whose product is scaled; of several, those that are active.
         base ([`~transformers.PreTrainedModel`], *optional*): What a whole model was trained from; on its device.
 
     Raises:
@@ -234,12 +234,13 @@ def go_back(model: PreTrainedModel | PeftModel, fraction: float, base: PreTraine
         for parameter, other in zip(model.parameters(), base.parameters(), strict=True):
             parameter.copy_(torch.lerp(other.to(parameter.dtype), parameter, fraction))
         return
-    for config in model.peft_config.values():
+    active = model.active_adapters
+    for config in (model.peft_config[name] for name in active):
         more = beside_its_product(config)
         if not isinstance(config, LoraConfig) or more:
             raise ValueError(f"only plain LoRA can go part of the way, got {config.peft_type.value} {' '.join(more)}")
     if reason := why_off_is_not_the_base(model):
         raise ValueError(f"only an adapter whose off is its base can go part of the way back to it: {reason}")
     for name, parameter in model.named_parameters():
-        if "lora_B" in name or "lora_embedding_B" in name:
+        if any(f"{matrix}.{adapter}" in name for matrix in ("lora_B", "lora_embedding_B") for adapter in active):
             parameter.mul_(fraction)

@@ -17,6 +17,7 @@ INDIFFERENT = {
 }  # fmt: skip
 # Values with which an option does nothing, beside `None`, `False` and what transformers has as its default.
 NEUTRAL = {"encoder_repetition_penalty": 1.0, "guidance_scale": 1.0, "min_new_tokens": 0}
+VLLM_NEUTRAL = {"repetition_penalty": 1.0, "top_k": -1}
 
 
 def merged(config: GenerationConfig, model_config: GenerationConfig | None) -> GenerationConfig:
@@ -84,25 +85,31 @@ def warn_of_sampling(trainer, estimator: str, as_sampled: bool = False) -> None:
 def changes_of_sampling(trainer, as_sampled: bool = False) -> dict:
     """The trainer's options of generation that change what is sampled, with their values; temperature last.
 
-    `as_sampled`: without top_k, top_p and min_p.
+    TRL scores at its own temperature, and counts tokens up to its own ends: what `generation_kwargs` says instead
+    stands under `generation_kwargs.NAME`. `as_sampled`: without top_k, top_p and min_p.
     """
+    asked = trainer.args.generation_kwargs or {}
     config = getattr(trainer, "generation_config", None)
     if isinstance(config, GenerationConfig):
         model = trainer.accelerator.unwrap_model(trainer.model)
         config = merged(config, getattr(model, "generation_config", None))
         others = beyond_warpers(config)
+        if not config.do_sample:
+            others["do_sample"] = False
+        ends = asked.get("eos_token_id") or []
+        if more := set([ends] if isinstance(ends, int) else ends) - set(trainer.eos_token_ids):
+            others["generation_kwargs.eos_token_id"] = sorted(more)
     else:  # vLLM, whose options are TRL's and `generation_kwargs`
-        config = GenerationConfig(**{name: getattr(trainer.args, name, None) for name in WARPERS})
-        others = {}
-        for name, value in (trainer.args.generation_kwargs or {}).items():
-            if name in WARPERS:
-                setattr(config, name, value)
-            else:
-                others[name] = value
+        named = {name: getattr(trainer.args, name, None) for name in (*WARPERS, "repetition_penalty")} | asked
+        named = {name: value for name, value in named.items() if value != VLLM_NEUTRAL.get(name)}
+        config = GenerationConfig(**{name: value for name, value in named.items() if name in WARPERS})
+        others = {name: value for name, value in named.items() if name not in WARPERS and value is not None}
     warped = {
         name: value
         for name, neutral in WARPERS.items()
         if (value := getattr(config, name, None)) is not None and name != "temperature" and value not in neutral
     }
+    if asked.get("temperature", trainer.args.temperature) != trainer.args.temperature:
+        others["generation_kwargs.temperature"] = asked["temperature"]
     tempered = {} if trainer.args.temperature == 1 else {"temperature": trainer.args.temperature}
     return ({} if as_sampled else warped) | others | tempered

@@ -54,6 +54,21 @@ def test_an_adapter_as_peft_scales_it(fraction):
     assert fraction == 1 or not torch.allclose(whole, expected)
 
 
+@torch.no_grad()
+def test_an_adapter_that_is_not_active_stays_as_it_is():
+    """A run's frozen reference is one."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = with_adapter(config)
+    model.add_adapter("ref", config)
+    for name, parameter in model.named_parameters():
+        if ".ref." in name:
+            parameter.fill_(1.0)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    go_back(model, 0.5)
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved and all(name.endswith("lora_B.default.weight") for name in moved)
+
+
 @pytest.mark.parametrize(
     "config",
     [

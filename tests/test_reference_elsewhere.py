@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback, kl
-from kl_alliteration._trl import seam_of
+from kl_alliteration._trl import reference, seam_of
+from kl_alliteration._trl.scoring import Scorer
 from kl_alliteration.references import use_loaded_reference
 
 KINDS = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
@@ -137,3 +138,55 @@ def test_a_recipe_takes_it_by_path(tiny_model, teacher, tmp_path):
     shown = run("rloo_tall_tree.py", *options, cwd=tmp_path).stdout
     before = [line for line in shown.splitlines() if "exact_kl_per_sequence" in line][0].split()
     assert float(before[before.index("exact_kl_per_sequence") + 2]) > 0.05  # before training, behind the column's bar
+
+
+def loaded_with(monkeypatch, trainer, *path):
+    """What a reference is asked for, when it is loaded."""
+    asked, stock = [], reference.create_model_from_path
+
+    def create(path, **options):
+        asked.append((path, options.pop("revision", None)))
+        return stock(path, **options)
+
+    monkeypatch.setattr(reference, "create_model_from_path", create)
+    use_loaded_reference(trainer, *path)
+    return asked
+
+
+def test_a_teacher_is_not_asked_for_the_policy_s_revision(tiny_model, teacher, tmp_path, monkeypatch):
+    trainer = make("rloo", False, tiny_model, tmp_path)
+    trainer.args.model_init_kwargs = {"revision": "of-the-policy"}
+    assert loaded_with(monkeypatch, trainer, str(teacher)) == [(str(teacher), None)]
+
+
+@pytest.mark.parametrize("options", [None, {"revision": "v2"}])
+def test_the_policy_s_own_path_is_asked_for_its_own_commit(tiny_model, tmp_path, monkeypatch, options):
+    trainer = make("rloo", False, tiny_model, tmp_path)
+    trainer.args.model_init_kwargs, trainer.model.config._commit_hash = options, "0123abc"
+    expected = "v2" if options else "0123abc"
+    assert loaded_with(monkeypatch, trainer) == [(str(tiny_model), expected)]
+
+
+def test_a_policy_that_was_made_in_memory_has_no_path(tiny_model, tmp_path):
+    trainer = make("rloo", False, tiny_model, tmp_path)
+    trainer.model.config._name_or_path = ""
+    with pytest.raises(ValueError, match="made in memory: save it, .*or name a reference"):
+        use_loaded_reference(trainer)
+
+
+def test_a_head_in_float32_is_one_of_the_reference_too(tiny_model, tmp_path):
+    options = {"bf16": True, "cast_lm_head_to_fp32": True, "model_init_kwargs": {"dtype": "bfloat16"}}
+    trainer = make("grpo", False, tiny_model, tmp_path, beta=0.0, max_steps=1, **options)
+    trainer.add_callback(KLMonitorCallback(trainer, load_reference=True))
+    trainer.train()
+    assert trainer.state.log_history[0]["kl/k1_per_token"] == 0  # one model
+
+
+def test_positions_are_given_to_whole_texts_alone(tiny_model, tmp_path):
+    """A step from a cache has a mask of all tokens and ids of one."""
+    scorer = Scorer(make("rloo", False, tiny_model, tmp_path))
+    mask = torch.tensor([[0, 1, 1, 1]])
+    step = {"attention_mask": mask, "input_ids": torch.tensor([[5]])}
+    assert "position_ids" not in scorer._place(None, (), dict(step))[1]
+    step["input_ids"] = torch.tensor([[1, 5, 6, 7]])
+    assert scorer._place(None, (), dict(step))[1]["position_ids"].tolist() == [[0, 0, 1, 2]]

@@ -254,6 +254,23 @@ def test_under_mixed_precision_it_samples_in_what_the_model_computes_in(make_tra
     assert said() == [] and [decoder.head.dtype for decoder in decoders] == [torch.bfloat16] * 2
 
 
+def test_it_is_called_as_transformers_generate_is(said):
+    """The configuration second by position; padding told from a mask, or from the pad token; the first end pads."""
+    set_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=22, n_embd=16, n_layer=2, n_head=2, n_positions=64, eos_token_id=0)
+    ).eval()
+    ids = torch.tensor([[4, 3, 7], [1, 1, 7]])
+    padded = GenerationConfig(do_sample=False, max_new_tokens=8, eos_token_id=[19, 0], pad_token_id=1)
+    ends = GenerationConfig(do_sample=False, max_new_tokens=8, eos_token_id=list(range(21)))  # all but one
+    calls = [lambda: model.generate(ids, padded), lambda: model.generate(inputs=ids, generation_config=padded)]
+    calls.append(lambda: model.generate(ids, ends, attention_mask=torch.ones_like(ids)))
+    expected = [call().tolist() for call in calls]
+    use_fast_generate(model)
+    assert [call().tolist() for call in calls] == expected
+    assert len(said()) == 1 and "attention_mask" in said()[0]
+
+
 def test_left_padding_is_checked_when_it_first_comes(tmp_path, monkeypatch, said):
     set_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=22, n_embd=16, n_layer=2, n_head=2, n_positions=64, eos_token_id=0))

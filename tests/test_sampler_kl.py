@@ -7,7 +7,14 @@ import pytest
 import torch
 from test_grpo import make_grpo  # noqa: F401  (a fixture)
 
-from kl_alliteration import KLMonitorCallback, KLPenalty, KLPenaltyCallback, kl, use_fast_sampling
+from kl_alliteration import (
+    KLMonitorCallback,
+    KLPenalty,
+    KLPenaltyCallback,
+    kl,
+    use_fast_sampling,
+    use_sampler_correction,
+)
 from kl_alliteration._trl import seam_of
 
 KEYS = "k1_per_token", "k3_per_token", "k1_per_sequence", "max_ratio"
@@ -63,6 +70,16 @@ def test_truncated_sampling_shows_the_mass_that_it_leaves_out(make_trainer):
     assert log["k1_per_token"] == pytest.approx((lost.sum() / rollout.completion_mask.sum()).item(), rel=1e-4)
     assert log["k1_per_sequence"] == pytest.approx(lost.sum(1).mean().item(), rel=1e-4)
     assert log["max_ratio"] == pytest.approx(math.exp(lost.max().item()), rel=1e-4) and log["k1_per_token"] > 0.5
+
+
+def test_columns_that_trl_pads_to_a_multiple_hide_nothing(make_trainer):
+    trainer = make_trainer(max_steps=2, pad_to_multiple_of=8)
+    trainer.add_callback(KLMonitorCallback(trainer))
+    use_fast_sampling(trainer)
+    use_sampler_correction(trainer)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert abs(sampler(log)["k1_per_token"]) < 1e-5 and log["kl/sampler_weight"] == pytest.approx(1, abs=1e-5)
 
 
 def test_weights_that_were_not_synced_are_seen_in_the_same_step(make_trainer):

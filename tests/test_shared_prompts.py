@@ -8,7 +8,7 @@ import torch
 from conftest import TINY_RUN, reward
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MambaConfig, Phi3Config, set_seed
 from transformers.cache_utils import DynamicLayer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -226,6 +226,34 @@ def test_gradient_checkpointing_turns_it_off_in_the_loss_with_the_remedy(tiny_mo
     policy, reference = sharing(trainer)
     assert policy.off is None and {graded for _, graded, _ in policy.proven} == {False} and reference.proven
     assert_same(runs[True], runs[False])
+
+
+ROPES = {
+    LlamaConfig: {"max_position_embeddings": 8, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
+    Phi3Config: {
+        "original_max_position_embeddings": 8,
+        "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.5, 3.0, 6.0, 12.0]},
+    },
+}
+
+
+@pytest.mark.parametrize("config", ROPES)
+def test_positions_that_change_with_the_length_turn_it_off_before_a_long_text_comes(
+    tiny_model, said, tmp_path, config
+):
+    shape = {"vocab_size": len(AutoTokenizer.from_pretrained(tiny_model)), "hidden_size": 16, "num_attention_heads": 2}
+    shape |= {"num_hidden_layers": 1, "num_key_value_heads": 2, "intermediate_size": 16, "pad_token_id": 1}
+    set_seed(0)
+    model = AutoModelForCausalLM.from_config(config(**shape | ROPES[config]))
+    trainer = make(with_tokenizer(model, tiny_model, tmp_path), output_dir=str(tmp_path / "out"))
+    share_prompts(trainer)
+    for length in (5, 12):  # within and beyond
+        ids = torch.arange(3, 3 + length).expand(2, -1)
+        mask, model = torch.ones_like(ids), trainer.accelerator.unwrap_model(trainer.model)
+        found = trainer._get_per_token_logps_and_entropies(model, ids, mask, 2)[0]
+        truth = model(ids, attention_mask=mask).logits[:, length - 3 : -1].log_softmax(-1)
+        torch.testing.assert_close(found, truth.gather(-1, ids[:, -2:, None])[..., 0], atol=1e-4, rtol=1e-4)
+    assert len(said()) == 1 and "change with the length of a text" in said()[0]
 
 
 def test_a_recurrent_state_turns_it_off(tiny_model, said, tmp_path):

@@ -46,6 +46,7 @@ from .baseline import leave_baseline_out, spread_in_groups
 from .engine import listen_to_engine
 from .grpo import GRPOSeam
 from .prefixes import partial_rewards, rewards_of_nothing, scores_prefixes
+from .proof import drops, rotary_by_length
 from .reference import why_off_is_not_the_base
 from .rloo import RLOOSeam
 from .seam import Seam, UnknownTRLError, forget_batches, last_completions, last_reward_std, last_rewards
@@ -53,6 +54,7 @@ from .seam import Seam, UnknownTRLError, forget_batches, last_completions, last_
 __all__ = [
     "Seam",
     "UnknownTRLError",
+    "drops",
     "forget_batches",
     "last_completions",
     "last_reward_std",
@@ -61,6 +63,7 @@ __all__ = [
     "listen_to_engine",
     "partial_rewards",
     "rewards_of_nothing",
+    "rotary_by_length",
     "scores_prefixes",
     "seam_of",
     "spread_in_groups",

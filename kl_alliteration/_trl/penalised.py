@@ -89,7 +89,8 @@ class PenaltySeam(Seam):
     def keep_sampled(self, logps: torch.Tensor) -> None:
         """What a sampler says of the tokens that it has just drawn, (B, T); of no interest outside of a batch."""
         if self.batch is not None and self.batch.sampled is not None:
-            self.batch.sampled.append(logps)
+            beyond = -logps.shape[1] % (self.trainer.pad_to_multiple_of or 1)  # columns that TRL adds
+            self.batch.sampled.append(torch.nn.functional.pad(logps, (0, beyond), value=torch.nan))
 
     def tell(self, rollout: kl.Rollout | None, sampler_logps: torch.Tensor | None = None) -> None:
         """All observers; with what the sampler said, where it was asked once for the whole batch."""

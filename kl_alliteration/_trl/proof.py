@@ -2,6 +2,8 @@
 
 import torch
 
+ROTARY = ("default", "linear", "llama3", "yarn", "proportional")  # those of dynamic and longrope change with a length
+
 
 def some_that_share(row: torch.Tensor, count: int) -> torch.Tensor:
     """Up to `count` rows, two of them with one prompt, and one of another where there is another."""
@@ -42,8 +44,15 @@ def tolerance(states: torch.Tensor) -> float:
     return 0.03 if half else {torch.float64: 1e-6, torch.float32: 1e-4}.get(states.dtype, 0.03)
 
 
-def any_dropout(model) -> bool:
-    """Whether anything is dropped while a model trains: by a module's `p`, or by a rate that attention holds."""
-    rates = ("p", "dropout", "attention_dropout", "attn_dropout", "dropout_p")
-    held = (getattr(module, name, 0) for module in model.modules() for name in rates)
-    return any(isinstance(rate, float) and rate > 0 for rate in held)
+def drops(module: torch.nn.Module) -> bool:
+    """Whether a module drops units while it trains: by its `p`, or by a rate that TRL's `disable_dropout` leaves."""
+    rates = [getattr(module, "p", 0), *(value for name, value in vars(module).items() if "drop" in name)]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def rotary_by_length(config) -> str | None:
+    """The kind of a model's rotary positions, where a text's length may change those of all of its tokens."""
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    of_layers = [each for each in parameters.values() if isinstance(each, dict)] or [parameters]  # by type, or of all
+    kinds = (each.get("rope_type", "default") for each in of_layers)
+    return next((kind for kind in kinds if kind not in ROTARY), None)

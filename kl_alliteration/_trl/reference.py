@@ -11,6 +11,7 @@ from trl.trainer.utils import (
     get_config_model_id,
 )
 
+OF_PATH = ("revision", "subfolder", "gguf_file")  # options that say where in a path a model is
 # Initialisations of LoRA that leave the base's weights as they are; others, PiSSA's first, take something out of them.
 KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -20,9 +21,11 @@ def load_reference(trainer, model, path: str | None = None, on_cpu: bool = False
 
     `on_cpu`: it stays there, whatever is asked of it goes there, and what it answers comes back.
 
+    The policy's own path is loaded at the commit that the policy is of.
+
     Raises:
-        `ValueError`: where another one has other tokens, so that no token's probabilities could be compared; on the
-            CPU beside DeepSpeed or FSDP.
+        `ValueError`: where another one has other tokens, so that no token's probabilities could be compared; for a
+            policy that was loaded from nowhere; on the CPU beside DeepSpeed or FSDP.
     """
     if on_cpu and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         raise ValueError("a reference on the CPU goes without DeepSpeed and FSDP, which shard it beside the policy")
@@ -30,13 +33,23 @@ def load_reference(trainer, model, path: str | None = None, on_cpu: bool = False
     options = (trainer.args.model_init_kwargs or {}) | ({"device_map": None} if on_cpu else {})
     if path is not None:
         check_tokens(trainer, path)
-    reference = create_model_from_path(path or get_config_model_id(model.config), **options | kwargs)
+        options = {name: value for name, value in options.items() if name not in OF_PATH}
+    elif commit := getattr(model.config, "_commit_hash", None):
+        options["revision"] = options.get("revision") or commit
+    path = path or get_config_model_id(model.config)
+    if not path:
+        raise ValueError(
+            "there is no path to load a reference from, for the policy was made in memory: save it, and let the "
+            "trainer load it (model='folder'), or name a reference, use_loaded_reference(trainer, 'folder')"
+        )
+    reference = create_model_from_path(path, **options | kwargs)
     heads = [each.get_output_embeddings().weight for each in (model, reference)]
     sizes = [getattr(head, "ds_shape", head.shape)[0] for head in heads]  # ZeRO-3 leaves an empty weight
     if sizes[0] != sizes[1]:
         raise ValueError(f"kl_reference: {path} has a vocabulary of {sizes[1]}, the policy one of {sizes[0]}")
     disable_dropout_in_model(reference)
-    add_fused_lm_head(reference, temperature=trainer.temperature)
+    in_fp32 = getattr(trainer.args, "cast_lm_head_to_fp32", False)
+    add_fused_lm_head(reference, temperature=trainer.temperature, cast_lm_head_to_fp32=in_fp32)
     if on_cpu:
         return add_hook_to_module(reference.requires_grad_(False).eval(), AlignDevicesHook("cpu", io_same_device=True))
     if trainer.is_deepspeed_enabled:  # sharded where the policy is, as TRL's own reference

@@ -152,8 +152,9 @@ class Scorer:
             self.places = before
 
     def _place(self, module, args, kwargs):
-        mask = kwargs.get("attention_mask")
-        if self.places and mask is not None and kwargs.get("position_ids") is None:
+        mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+        whole = mask is not None and (ids is None or ids.shape == mask.shape)  # and no step from a cache
+        if self.places and whole and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = kl.positions_of(mask)
         return args, kwargs
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from ..kl import distinct_prompts
-from .proof import any_dropout, some_that_share, what_differs
+from .proof import drops, rotary_by_length, some_that_share, what_differs
 
 logger = logging.get_logger(__name__)
 
@@ -161,7 +161,9 @@ class SharedPrompts:
             return
         if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.model.parameters()):
             raise Unshareable("the weights are sharded")
-        if self.backbone.training and any_dropout(self.model):
+        if kind := rotary_by_length(self.model.config):  # which a short first batch would not show
+            raise Unshareable(f"rotary positions of type {kind!r} change with the length of a text")
+        if self.backbone.training and any(map(drops, self.model.modules())):
             raise Unshareable("dropout is on, and is drawn once per completion: set disable_dropout=True")
         rows, near = some_that_share(row, CHECKED), slice(max(0, prompt - NEAR), prompt + NEAR)
         try:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from .. import kl
-from .._trl import last_completions, seam_of
+from .._trl import drops, last_completions, seam_of
 from ..references import MovingAverageReferenceCallback, ResetReferenceCallback
 from ..sampling_options import changes_of_sampling
 from ..text import as_text
@@ -106,12 +106,6 @@ def read_findings(folder: Path) -> list[Finding]:
         return [Finding(**row) for row in rows if row["symptom"] in SYMPTOMS]
     except (OSError, ValueError, TypeError, KeyError):
         return []
-
-
-def drops(module: torch.nn.Module) -> bool:
-    """Whether it drops units by a number of its own, which TRL's `disable_dropout` leaves as it is."""
-    numbers = (value for name, value in vars(module).items() if "drop" in name)
-    return any(isinstance(value, float) and value > 0 for value in numbers)
 
 
 def tell(line: str, alarm: bool) -> None:
@@ -211,9 +205,7 @@ class KLHealthCallback(TrainerCallback):
         sampled = getattr(penalty, "estimator", "k1") in kl.SAMPLED
         sampling = ", ".join(f"{name}={value}" for name, value in changes.items() if sampled)
         off = {
-            name
-            for name, module in trainer.accelerator.unwrap_model(trainer.model).named_modules()
-            if (isinstance(module, torch.nn.Dropout) and module.p > 0) or drops(module)
+            name for name, module in trainer.accelerator.unwrap_model(trainer.model).named_modules() if drops(module)
         }
         moving = (MovingAverageReferenceCallback, ResetReferenceCallback)
         moves = [type(each).__name__ for each in trainer.callback_handler.callbacks if isinstance(each, moving)]

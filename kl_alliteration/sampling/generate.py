@@ -114,7 +114,8 @@ def sample(
     """
     batch, prompt = input_ids.shape
     eos = torch.as_tensor(config.eos_token_id if config.eos_token_id is not None else [], device=input_ids.device)
-    pad = config.pad_token_id if config.pad_token_id is not None else 0
+    ends = eos.view(-1).tolist()
+    pad = config.pad_token_id if config.pad_token_id is not None else (ends or [0])[0]  # as transformers
     out = input_ids.new_full((batch, prompt + config.max_new_tokens), pad)
     out[:, :prompt] = input_ids
     rows = torch.arange(batch, device=input_ids.device)  # that are still computed
@@ -190,21 +191,20 @@ def use_fast_generate(model, sharded: bool = False, dtype: torch.dtype | None = 
     def fast(input_ids, attention_mask, generation_config, others) -> torch.Tensor:
         if broken:
             raise Unsupported(broken[0])
-        if input_ids is None or generation_config is None:
-            raise Unsupported("generate was called without input_ids or generation_config")
+        if input_ids is None or attention_mask is None or generation_config is None:
+            raise Unsupported("generate was called without input_ids, attention_mask or generation_config")
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         config = merged(generation_config, base.generation_config)
         check_options(config, others)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        padded, decoder = bool((mask == 0).any()), read_decoder(model, dtype)
+        padded, decoder = bool((attention_mask == 0).any()), read_decoder(model, dtype)
         drawn = None if keep is None else torch.zeros(len(input_ids), config.max_new_tokens, device=input_ids.device)
         prove = padded not in proven
         few = min(CHECKED, len(input_ids))
         logps = torch.zeros(few, config.max_new_tokens, device=input_ids.device) if prove else None
         try:
-            ids = sample(decoder, input_ids, mask, config, logps, drawn)
+            ids = sample(decoder, input_ids, attention_mask, config, logps, drawn)
             if prove:
-                check_decoder(model, ids, mask, config.eos_token_id, logps, dtype)
+                check_decoder(model, ids, attention_mask, config.eos_token_id, logps, dtype)
         except Unsupported as reason:
             if prove:
                 broken.append(str(reason))
@@ -214,8 +214,11 @@ def use_fast_generate(model, sharded: bool = False, dtype: torch.dtype | None = 
             keep(drawn[:, : ids.shape[1] - input_ids.shape[1]])
         return ids
 
-    def generate(input_ids=None, attention_mask=None, generation_config=None, **others):
+    def generate(inputs=None, generation_config=None, *rest, input_ids=None, attention_mask=None, **others):
+        input_ids = inputs if input_ids is None else input_ids
         try:
+            if rest:
+                raise Unsupported("generate was called with more than two arguments by position")
             return fast(input_ids, attention_mask, generation_config, others)
         except Unsupported as error:
             reason = str(error)
@@ -225,8 +228,6 @@ def use_fast_generate(model, sharded: bool = False, dtype: torch.dtype | None = 
         if reason not in said:
             said.add(reason)
             logger.warning(f"fast sampling is off, transformers' generate takes over: {reason}")
-        return original(
-            input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config, **others
-        )
+        return original(input_ids, generation_config, *rest, attention_mask=attention_mask, **others)
 
     model.generate = generate

@@ -5,6 +5,8 @@ from peft import LoraModel, PeftModel, PeftModelForCausalLM
 from peft.tuners.lora import Linear as LoraLinear
 from transformers.pytorch_utils import Conv1D
 
+from .._trl import rotary_by_length
+
 SHARED = {torch.nn.Embedding, torch.nn.Linear, torch.nn.ModuleList, torch.nn.LayerNorm, torch.nn.Dropout, Conv1D}
 LORA = {PeftModel, PeftModelForCausalLM, LoraModel, LoraLinear, torch.nn.ModuleDict, torch.nn.ParameterDict}
 LORA |= {torch.nn.Identity}
@@ -19,7 +21,6 @@ PARTS = (  # of a family's modeling file, behind the family's name
     "RotaryEmbedding",
 )  # fmt: skip
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
-ROTARY = ("default", "linear", "llama3", "yarn")  # positions that do not depend on a text's length
 
 
 def unknown_part(model) -> str | None:
@@ -40,5 +41,5 @@ def unknown_part(model) -> str | None:
             if kind.__module__.startswith("peft.") and not any(True for _ in module.parameters()):
                 continue
             return f"{path or 'the model'} is a {kind.__name__}"
-    rope = (getattr(base.config, "rope_parameters", None) or {}).get("rope_type", "default")
-    return None if rope in ROTARY else f"rotary positions of type {rope!r}"
+    rope = rotary_by_length(base.config)
+    return rope and f"rotary positions of type {rope!r}"
