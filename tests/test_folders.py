@@ -15,7 +15,7 @@ from trl import RLOOConfig, RLOOTrainer
 from kl_alliteration.lab import runs
 from kl_alliteration.lab.refusals import check_rotation
 from kl_alliteration.lab.run import run_training, save_final
-from kl_alliteration.lab.runs import as_json, check_folder, checkpoints, last_checkpoint, read_metrics
+from kl_alliteration.lab.runs import as_json, begin_record, check_folder, checkpoints, last_checkpoint, read_metrics
 from kl_alliteration.lab.survival import TrainingStopped
 from kl_alliteration.story_lm import MODEL_PATH
 
@@ -205,3 +205,13 @@ def test_a_mark_is_of_size_and_time(tmp_path):
     first = runs.mark_of(tmp_path / "a")
     os.utime(tmp_path / "a", ns=(time.time_ns(), time.time_ns() + 10**9))
     assert runs.mark_of(tmp_path / "a") != first and runs.mark_of(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("anew", [True, False])
+def test_a_run_that_begins_has_no_results_of_the_one_before(tmp_path, anew):
+    """A report would show them beside its curves."""
+    for name in ("summary.json", "stories.jsonl", "stories.md", "curves.png", "health.json", "adapter_config.json"):
+        (tmp_path / name).write_text("{}")
+    begin_record(tmp_path, anew)
+    left = {path.name for path in tmp_path.iterdir()} - {"_made.json"}
+    assert left == {"adapter_config.json"} | (set() if anew else {"health.json"})

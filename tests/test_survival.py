@@ -176,6 +176,43 @@ def test_a_signal_is_only_caught_while_training(make_trainer):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_waits_for_the_last_update_of_a_batch(make_trainer):
+    trainer = make_trainer(max_steps=6, num_iterations=2)
+
+    class Cluster(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.add_callback(Cluster())
+    with pytest.raises(Terminated, match="SIGTERM at step 4; the last good checkpoint is .*checkpoint-4"):
+        train_or_say_why(trainer, trainer.train)
+
+
+def test_where_all_steps_were_made_none_is_added(make_trainer, tmp_path, capsys):
+    """Two steps of an epoch of four; whatever else a run restores at its start is restored."""
+
+    class Ends(TrainerCallback):
+        ended = 0
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.ended += 1
+
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    first = make_trainer(**options)
+    first.train()
+    again = make_trainer(**options)
+    again.add_callback(ends := Ends())
+    train_or_say_why(again, lambda: again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
+    assert "All 2 steps were made: nothing is left to train" in capsys.readouterr().out and ends.ended == 1
+    for ours, theirs in zip(again.model.parameters(), first.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert [e["step"] for e in again.state.log_history if "reward" in e] == [1, 2]
+    more = make_trainer(**options | {"max_steps": 3})
+    train_or_say_why(more, lambda: more.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
+    assert more.state.global_step == 3
+
+
 def test_a_reward_may_take_its_time():
     slow = CheckedReward(lambda prompts, completions: time.sleep(0.1) or [1.0], "slow", timeout=5)
     assert slow(["a"], ["b"]) == [1.0]

@@ -238,19 +238,42 @@ def test_what_a_target_does_not_go_with(make_trainer, options, penalty, message)
 
 
 def test_samples_of_the_base_are_rewarded_as_in_training_and_read_again(make_trainer, tmp_path):
-    clipped, _ = base_samples(make_trainer(reward_clip_range=(0.0, 0.5)), 40, resumed=False)
+    facts = {"reward_funcs": ["trees"]}
+    clipped, _ = base_samples(make_trainer(reward_clip_range=(0.0, 0.5)), 40, facts)
     assert clipped.max().item() == 0.5  # as the run pays
     trainer = make_trainer(reward_weights=[2.0])
     before = torch.random.get_rng_state()
-    rewards, texts = base_samples(trainer, 40, resumed=False)
+    rewards, texts = base_samples(trainer, 40, facts)
     assert torch.equal(torch.random.get_rng_state(), before) and rewards.shape == (2, 20)
     rows = [json.loads(line) for line in (tmp_path / "base_samples.jsonl").read_text().splitlines()]
     for row, reward in zip(rows, rewards.flatten().tolist(), strict=True):
         words = row["completion"].split()
         assert row["completion"] in texts
         assert reward == pytest.approx(2 * (words.count("tree") + len(words) / 10))
-    assert torch.equal(base_samples(make_trainer(reward_weights=[5.0]), 40, resumed=True).rewards, rewards)
-    assert not torch.equal(base_samples(make_trainer(reward_weights=[5.0]), 40, resumed=False).rewards, rewards)
+    rows[0]["reward"] = 9.0  # by which it is known that the file was read
+    (tmp_path / "base_samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    again = base_samples(make_trainer(reward_weights=[2.0], resume_from_checkpoint="latest"), 40, facts).rewards
+    assert again[0, 0] == 9 and torch.equal(again.flatten()[1:], rewards.flatten()[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "samples", "facts"),
+    [
+        ({"resume_from_checkpoint": None}, 16, {"model": "a"}),
+        ({"reward_weights": [5.0]}, 16, {"model": "a"}),
+        ({"temperature": 0.5}, 16, {"model": "a"}),
+        ({}, 32, {"model": "a"}),
+        ({}, 16, {"model": "b"}),
+    ],
+    ids=str,
+)
+def test_samples_of_another_run_are_not_read(make_trainer, tmp_path, options, samples, facts):
+    """Of the folder's run before, whatever it was of: a run that found no checkpoint began anew."""
+    base_samples(make_trainer(), 16, {"model": "a"})
+    with (tmp_path / "base_samples.jsonl").open("w") as file:
+        file.write(json.dumps({"place": 0, "completion": "old", "reward": 0.0}) + "\n")
+    found = base_samples(make_trainer(**{"resume_from_checkpoint": "latest"} | options), samples, facts)
+    assert found.rewards.numel() == samples and "old" not in found.texts
 
 
 def test_the_first_of_each_prompt():

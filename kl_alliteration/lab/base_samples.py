@@ -12,7 +12,7 @@ from rich.progress import track
 
 from .._trl import asking
 from ..evaluation import plain_sampling, sample_rows
-from .runs import as_json
+from .runs import as_json, made_of, note_what_of
 
 FILE = "base_samples.jsonl"
 AT_ONCE = 200  # completions of a process
@@ -26,14 +26,16 @@ class BaseSamples(NamedTuple):
     texts: list[str]  # P * M completions
 
 
-def base_samples(trainer, samples: int, resumed: bool) -> BaseSamples:
+def base_samples(trainer, samples: int, facts: dict) -> BaseSamples:
     """At least so many `samples`. Every process makes a share and gets all.
 
-    They are written to `base_samples.jsonl` in the trainer's output folder; a run that is `resumed` reads them there.
-    torch's random state is put back.
+    They are written to `base_samples.jsonl` in the trainer's output folder; a run that goes on reads them there, where
+    they are of the same `facts`: what model, which rewards, which data. torch's random state is put back.
     """
-    path, accelerator = Path(trainer.args.output_dir, FILE), trainer.accelerator
-    if resumed and path.is_file():
+    path, accelerator, args = Path(trainer.args.output_dir, FILE), trainer.accelerator, trainer.args
+    facts = facts | {"samples": samples, "seed": args.seed, "weights": trainer.reward_weights.tolist()}
+    facts |= {"temperature": args.temperature, "max_completion_length": args.max_completion_length}
+    if args.resume_from_checkpoint and path.is_file() and made_of(path.parent, FILE, facts):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     else:
         rows = _sampled(trainer, samples)
@@ -41,6 +43,7 @@ def base_samples(trainer, samples: int, resumed: bool) -> BaseSamples:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.with_suffix(".unfinished").write_text("".join(as_json(row) + "\n" for row in rows), encoding="utf-8")
             path.with_suffix(".unfinished").replace(path)
+            note_what_of(path.parent, FILE, facts)
         accelerator.wait_for_everyone()
     each = sum(row["place"] == rows[0]["place"] for row in rows)
     rewards = [math.nan if row["reward"] is None else row["reward"] for row in rows]

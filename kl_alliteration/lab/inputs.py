@@ -22,6 +22,7 @@ from .gguf import as_folder
 from .options import PairArguments, StoryArguments
 from .pairs import FILE as PAIRS
 from .pairs import SIDES, prompts_of, read_pairs, sample_pairs, tokenize_rows, write_pairs
+from .runs import made_of, note_what_of, what_is_sampled
 
 # TinyStories-33M was trained with this tokenizer and ships none (its model card says so).
 TOKENIZER_OF = {"roneneldan/TinyStories-33M": "EleutherAI/gpt-neo-125M"}
@@ -192,7 +193,11 @@ def load_pairs(args: PairArguments, training_args, model_args, tokenizer) -> Dat
     def check(rows: list[dict]) -> None:
         check_lengths(rows, tokenize, tokenizer, model_args, training_args, args.max_completion_length)
 
-    if args.pairs_from is None and not (training_args.resume_from_checkpoint and here.is_file()):
+    facts = what_is_sampled(args, model_args.model_name_or_path) | {"seed": training_args.seed}
+    for name in ("pairs", "group_size", "pairs_per_group", "max_completion_length", "temperature"):
+        facts[name] = getattr(args, name)
+    there = training_args.resume_from_checkpoint and here.is_file() and made_of(here.parent, PAIRS, facts)
+    if args.pairs_from is None and not there:
         state, groups = PartialState(), -(-args.pairs // args.pairs_per_group)
         rows = load_prompts(args, groups).shuffle(seed=training_args.seed).select(range(groups))
         check(rows.to_list())
@@ -223,6 +228,7 @@ def load_pairs(args: PairArguments, training_args, model_args, tokenizer) -> Dat
             raise ValueError("reward_funcs: all completions of a group have the same reward: there is nothing to rank")
         if state.is_main_process:
             write_pairs(pairs, training_args.output_dir)
+            note_what_of(here.parent, PAIRS, facts)
             means = [statistics.fmean(pair[f"{side}_reward"] for pair in pairs) for side in ("chosen", "rejected")]
             print(f"{len(pairs)} pairs: {means[0]:.1f} against {means[1]:.1f} on average, in {here}")
         state.wait_for_everyone()

@@ -59,6 +59,7 @@ from .runs import (
     read_record,
     remember,
     remove_ours,
+    what_is_sampled,
     write_record,
 )
 from .survival import one_line_errors, stop_beyond, train_or_say_why
@@ -102,7 +103,7 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
     use_sampler_correction(trainer, *correction, args.sampler_divergence_type, args.sampler_divergence_threshold)
     target = args.target_kl_per_sequence
     if args.plots or args.plot_price or (target is not None and base_rewards is None):
-        base = base_samples(trainer, args.base_samples, resumed=trainer.args.resume_from_checkpoint is not None)
+        base = base_samples(trainer, args.base_samples, what_is_sampled(args, model_name_or_path))
         if base_rewards is None and (args.kl_reference == "start" or not args.adapter_name_or_path):
             base_rewards = base.rewards
     if target is not None:
@@ -172,12 +173,10 @@ def run_training(trainer) -> dict:
     checkpoint, folder = trainer.args.resume_from_checkpoint, trainer.args.output_dir
     if checkpoint == LATEST:
         checkpoint = last_checkpoint(folder)
-        if trainer.is_world_process_zero():
-            print(
-                f"Resuming from {checkpoint}" if checkpoint else "No complete checkpoint: starting from the beginning"
-            )
-    elif checkpoint is None and trainer.is_world_process_zero():
-        begin_record(folder)
+        words = f"Resuming from {checkpoint}" if checkpoint else "No complete checkpoint: starting from the beginning"
+        say(trainer.args, words)
+    if trainer.is_world_process_zero():
+        begin_record(folder, anew=checkpoint is None)
     trainer.accelerator.wait_for_everyone()
     train_or_say_why(trainer, lambda: train(resume_from_checkpoint=checkpoint))
     return {"collapse": guards[0].collapse, "last_good_checkpoint": guards[0].last_good} if guards else {}

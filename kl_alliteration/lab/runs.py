@@ -8,6 +8,7 @@ from pathlib import Path
 
 RECORD = "_made.json"  # of what a run made, by what it is known again; `_*` stays off the Hub
 STORIES = "stories.jsonl"  # all that were judged, a line each, `before` and `after`
+RESULTS = ("summary.json", STORIES, "stories.md", "curves.png")  # what a run leaves when it is over
 CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
 
 
@@ -109,6 +110,23 @@ def write_record(folder: Path, **changes) -> None:
     path.write_text(json.dumps(read_record(folder) | changes, indent=1) + "\n", encoding="utf-8")
 
 
+def what_is_sampled(args, model_name_or_path: str) -> dict:
+    """By which model, to which prompts, and for which rewards."""
+    names = ("adapter_name_or_path", "reward_funcs", "reward_model_name_or_path", "dataset_name", "prompt")
+    return {"model": model_name_or_path} | {name: getattr(args, name, None) for name in names}
+
+
+def made_of(folder: Path, name: str, facts: dict) -> bool:
+    """Whether what a run last wrote under this name was made of the same `facts`."""
+    return read_record(folder).get("made_of", {}).get(name) == json.loads(json.dumps(facts, default=str))
+
+
+def note_what_of(folder: Path, name: str, facts: dict) -> None:
+    """Note what a file is made of, for [`made_of`]."""
+    facts = json.loads(json.dumps(facts, default=str))
+    write_record(folder, made_of=read_record(folder).get("made_of", {}) | {name: facts})
+
+
 def mark_of(path: Path) -> list[int] | None:
     """What a file is known by while nobody else writes it: its size and when it was written."""
     try:
@@ -139,10 +157,12 @@ def check_folder(folder: Path, adapter: bool) -> None:
         )
 
 
-def begin_record(folder: Path) -> None:
-    """A run begins anew in this folder: the checkpoints that are there are not its own."""
+def begin_record(folder: Path, anew: bool) -> None:
+    """A run begins here, from a checkpoint or anew: what the run before left when it was over is not of it."""
+    for name in (*RESULTS, *(["health.json"] if anew else [])):
+        Path(folder, name).unlink(missing_ok=True)
     there = {path.name: mark_of(path / "trainer_state.json") for path in checkpoints(folder).values()}
-    if there or read_record(folder):
+    if anew and (there or read_record(folder)):  # whose checkpoints are not its own
         write_record(folder, others={name: mark for name, mark in there.items() if mark})
 
 

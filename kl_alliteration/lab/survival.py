@@ -54,25 +54,35 @@ def one_line_errors(main):
     return wrapped
 
 
-class TerminationCallback(TrainerCallback):
-    """On SIGTERM, which clusters send before they kill a job: end the step, save a checkpoint, stop; in all processes.
+class NothingLeft(Exception):
+    """The checkpoint that a run goes on from is that of its last step."""
 
-    `terminated` is then true. Outside of training the signal has its earlier effect.
+
+class TerminationCallback(TrainerCallback):
+    """On SIGTERM, which clusters send before they kill a job: save a checkpoint and stop; in all processes.
+
+    It does so after the step, and after the last update on a generation batch, whose other updates a resumed run could
+    not make. `terminated` is then true. Outside of training the signal has its earlier effect.
 
     Args:
         trainer ([`~trl.RLOOTrainer`]): The trainer, stock.
     """
 
     def __init__(self, trainer):
-        self.accelerator, self.terminated, self.before = trainer.accelerator, False, None
+        self.accelerator, self.before = trainer.accelerator, None
+        self.terminated = self.asked = False
+        self.seam = seam_of(trainer) if hasattr(trainer, "reward_funcs") else None  # DPO samples nothing
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.terminated = False
+        if 0 < state.max_steps <= state.global_step:
+            raise NothingLeft  # the trainer would make one step more
+        self.terminated = self.asked = False
         if threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGTERM, lambda *_: self.accelerator.set_trigger())
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.accelerator.check_trigger():
+        self.asked |= self.accelerator.check_trigger()
+        if self.asked and (self.seam is None or self.seam.batch_is_used_up):
             self.terminated = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -115,6 +125,10 @@ def train_or_say_why(trainer, train) -> None:
     before = set(checkpoints(folder).values())
     try:
         train()
+    except NothingLeft:
+        if trainer.is_world_process_zero():
+            print(f"All {trainer.state.global_step} steps were made: nothing is left to train")
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
     except (Exception, KeyboardInterrupt) as error:
         cause = str(error) if isinstance(error, TrainingStopped) else f"{type(error).__name__}: {error}"
         cause = "interrupted" if isinstance(error, KeyboardInterrupt) else cause
