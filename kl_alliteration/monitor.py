@@ -14,7 +14,7 @@ class KLMonitorCallback(TrainerCallback):
     `kl/{k1,k2,k3}_per_token` and `_per_sequence`, with `exact` also `kl/exact_...`; `kl/max_per_sequence`, the
     furthest completion of the batch; `kl/beta`; `kl/share_of_spread`, the penalty's standard deviation within
     groups over the sum of the penalty's and the reward's; with a budget `kl/budget_use`, KL over budget, and
-    `kl/over_budget_share`; where completions are used for several updates (`num_iterations` > 1)
+    `kl/over_budget_share`; where completions are used for several updates (`num_iterations`, `steps_per_generation`)
     `kl/rollout_per_sequence`, the mean log-ratio of the policy that sampled them and the policy as it is: that is
     what clipping bounds, not the KL to the reference. Where the engine that samples says how likely its tokens were,
     fast sampling or vLLM: `kl/sampler_k1_per_token`, `_k3_per_token`, `_k1_per_sequence`, the KL of that engine
@@ -41,7 +41,8 @@ class KLMonitorCallback(TrainerCallback):
         warn_of_sampling(trainer, "exact" if exact else "k1", seam_of(trainer).is_as_sampled)
         listen_to_engine(self.seam)
         self.seam.observers.append(self.observe)
-        self.seam.watch_rollout_policy = trainer.num_iterations > 1
+        updates = trainer.args.steps_per_generation * trainer.num_iterations
+        self.seam.watch_rollout_policy = updates > trainer.args.gradient_accumulation_steps
 
     def observe(self, rollout: kl.Rollout) -> None:
         accelerator, metrics, mask = self.trainer.accelerator, self.seam.metrics, rollout.completion_mask

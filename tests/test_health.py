@@ -16,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from kl_alliteration import KLHealthCallback, KLPenalty, KLPenaltyCallback, health
+from kl_alliteration._trl import drops
 from kl_alliteration.health import SYMPTOMS, Examined, Finding, diagnose, examine
 from kl_alliteration.health.__main__ import main
 
@@ -117,6 +118,11 @@ def test_rewards_that_are_all_the_same_are_no_signal_where_the_penalty_breaks_th
     assert [(each.symptom, each.step) for each in found] == [("no_signal", 15)]
 
 
+def test_the_best_estimate_speaks_for_the_others():
+    """As `kl` of GRPO, which is k3, beside the exact KL of every other entry."""
+    assert diagnose(entries(20, kl__exact_per_token=0.1, kl=lambda i: 40.0 if i % 2 else 0.2)) == []
+
+
 @pytest.mark.parametrize(
     ("step", "expected"),
     [({"train/global_step": 30, "_step": 3}, 30), ({"_step": 3}, 3), ({"step": 7, "_step": 3}, 7)],
@@ -162,7 +168,7 @@ def test_truncated_sampling_is_no_alarm_for_a_penalty_that_is_exact(make_trainer
 
 
 @pytest.mark.parametrize(
-    ("config", "drops"),
+    ("config", "differ"),
     [
         (BloomConfig(vocab_size=20, hidden_size=16, n_layer=1, n_head=2), False),
         (FalconConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), False),
@@ -173,14 +179,14 @@ def test_truncated_sampling_is_no_alarm_for_a_penalty_that_is_exact(make_trainer
     ],
     ids=lambda value: getattr(value, "model_type", value),
 )  # fmt: skip
-def test_dropout_is_seen_where_two_passes_differ(config, drops):
+def test_dropout_is_seen_where_two_passes_differ(config, differ):
     """After what TRL switches off."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
     disable_dropout_in_model(model)
     ids = torch.arange(12).view(1, 12)
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, model(ids).logits) is not drops
-    assert any(map(drops, model.modules())) is drops
+        assert torch.equal(model(ids).logits, model(ids).logits) is not differ
+    assert any(map(drops, model.modules())) is differ
 
 
 def test_a_start_apart_is_seen_however_seldom_is_logged(make_trainer):

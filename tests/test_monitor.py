@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN
+from conftest import TINY_RUN, reward
 from datasets import Dataset
 from programs import fork_ranks
 from trl import GRPOConfig, GRPOTrainer
@@ -18,6 +18,15 @@ def keep_rollouts(trainer) -> list[Rollout]:
     rollouts = []
     trainer._kl_alliteration_seam.observers.append(rollouts.append)
     return rollouts
+
+
+def make_grpo(tiny_model, tmp_path, reward, **options):
+    return GRPOTrainer(
+        model=str(tiny_model),
+        reward_funcs=reward,
+        args=GRPOConfig(**TINY_RUN | {"output_dir": str(tmp_path)} | options),
+        train_dataset=Dataset.from_dict({"prompt": ["once upon a time", "there was a"] * 8}),
+    )
 
 
 def entries(trainer) -> list[dict]:
@@ -198,6 +207,34 @@ def test_several_updates_of_one_batch_show_how_far_the_policy_went_from_the_one_
     assert max(abs(logged[0]), abs(logged[3])) < 1e-5 < 1e-3 < abs(logged[2])  # a batch is new, and used twice since
 
 
+@pytest.mark.parametrize("penalty", [None, KLPenalty("exact", "both")], ids=["stock", "exact"])
+@pytest.mark.parametrize("options", [{"num_iterations": 2}, {"steps_per_generation": 2}], ids=str)
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_however_a_batch_comes_to_several_updates_it_shows(make_trainer, tiny_model, tmp_path, kind, options, penalty):
+    options = options | {"learning_rate": 3e-2, "max_steps": 4, "gradient_accumulation_steps": 1}
+    trainer = make_trainer(**options) if kind == "rloo" else make_grpo(tiny_model, tmp_path, reward, **options)
+    trainer.add_callback(KLPenaltyCallback(trainer, penalty))
+    trainer.add_callback(KLMonitorCallback(trainer))
+    trainer.train()
+    moved = [e["kl/rollout_per_sequence"] for e in trainer.state.log_history if "loss" in e]
+    assert max(abs(moved[0]), abs(moved[2])) < 1e-5 and min(abs(moved[1]), abs(moved[3])) > 1e-3
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("corrected", [True, False])
+def test_grpo_s_kl_is_trl_s_off_policy_too(tiny_model, tmp_path, corrected, level):
+    """Two runs with one policy, for their penalty is next to nothing: TRL's own, and another in its place."""
+    options = {"num_iterations": 3, "beta": 1e-9, "learning_rate": 5e-2, "use_bias_correction_kl": corrected}
+    options |= {"importance_sampling_level": level, "max_steps": 6, "epsilon": 10.0}
+    logged = []
+    for penalty in (None, KLPenalty("exact", "both")):
+        trainer = make_grpo(tiny_model, tmp_path, reward, **options)
+        trainer.add_callback(KLPenaltyCallback(trainer, penalty))
+        trainer.train()
+        logged.append([e["kl"] for e in trainer.state.log_history if "kl" in e])
+    assert len(logged[0]) == 6 and logged[1] == pytest.approx(logged[0], rel=1e-3, abs=1e-7) and logged[0][5] > 0.01
+
+
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
 def test_groups_whose_rewards_tie_are_those_of_rewards_without_the_penalty(make_trainer, tiny_model, tmp_path, kind):
     def one_of_two_ties(completions, **kwargs):
@@ -206,12 +243,7 @@ def test_groups_whose_rewards_tie_are_those_of_rewards_without_the_penalty(make_
     if kind == "rloo":
         trainer = make_trainer(reward_funcs=one_of_two_ties, learning_rate=0.1)
     else:
-        trainer = GRPOTrainer(
-            model=str(tiny_model),
-            reward_funcs=one_of_two_ties,
-            args=GRPOConfig(**TINY_RUN | {"output_dir": str(tmp_path), "beta": 0.5, "learning_rate": 0.1}),
-            train_dataset=Dataset.from_dict({"prompt": ["once upon a time", "there was a"] * 8}),
-        )
+        trainer = make_grpo(tiny_model, tmp_path, one_of_two_ties, learning_rate=0.1)
     trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("exact", "both")))
     trainer.train()
     assert seam_of(trainer).batch.penalty[:4].std() > 1e-3

@@ -8,7 +8,7 @@ from trl.trainer.utils import nanstd, pad
 from .. import kl
 from .baseline import share_of_ties, weighted
 from .looking_on import look_on
-from .loss_types import check_loss_type, divisor_of_completions, scale_of_batch, scale_of_credit
+from .loss_types import check_loss_type, divisor_of_completions, scale_of_batch, scale_of_credit, weights_of_kl
 from .penalised import Batch, LossPass, PenaltySeam
 from .seam import unknown_order
 
@@ -178,23 +178,23 @@ class GRPOSeam(PenaltySeam):
         return output["advantages"]
 
     def compute_loss(self, model, inputs):
-        if self.is_stock or self.beta == 0:
-            self.check_loss(loss := self.stock.compute_loss(model, inputs))
-            return loss
         beta, self.loss_pass = self.beta, (loss_pass := LossPass(inputs.get("kl_row")))
+        ours = not self.is_stock and beta != 0
         try:
-            self.beta = 0.0  # TRL leaves its own penalty out
+            self.beta = 0.0 if ours else beta  # TRL leaves its own penalty out
             loss = self.stock.compute_loss(model, inputs)
         finally:
             self.beta, self.loss_pass = beta, None
-        mask, scored = inputs["completion_mask"], loss_pass.scored
-        mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
-        k3 = kl.k3(scored.logps.detach() - inputs["ref_per_token_logps"])
-        self.metrics["kl"].append(self.mean_per_token(k3, mask))  # which is what TRL's log means by it
-        if self.in_loss:
-            old = inputs.get("old_per_token_logps")
-            penalty = self._penalty_of_loss(loss_pass, inputs, mask, None if old is None else (old * mask).sum(1))
+        mask, old = inputs["completion_mask"] * inputs.get("tool_mask", 1), inputs.get("old_per_token_logps")
+        sampled = None if old is None else (old * mask).sum(1)
+        if (scored := loss_pass.scored) is not None:
+            self.log_rollout_kl(scored.logps, mask, sampled)
+        if ours:  # what TRL's log means by `kl`
+            k3 = kl.k3((logps := scored.logps.detach()) - inputs["ref_per_token_logps"])
+            k3 = k3 * weights_of_kl(self.trainer, logps, old, mask)
+            self.metrics["kl"].append(self.mean_per_token(k3, mask))
+        if ours and self.in_loss:
+            penalty = self._penalty_of_loss(loss_pass, inputs, mask, sampled)
             penalty = penalty * inputs.get("kl_scale", 1.0) / divisor_of_completions(self.trainer, inputs, mask)
             loss = loss + beta * penalty.sum()
-        self.check_loss(loss)
-        return loss
+        return self.checked(loss)

@@ -41,6 +41,19 @@ def divisor_of_completions(trainer, inputs, mask: torch.Tensor) -> torch.Tensor:
     return every * (tokens * steps / trainer.args.steps_per_generation if training else tokens)
 
 
+def weights_of_kl(trainer, logps: torch.Tensor, old: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor | float:
+    """(B, T) or (B, 1) by which TRL multiplies the k3 of tokens that another policy sampled, `use_bias_correction_kl`.
+
+    (B, T) log-probabilities, now and when they were sampled; `None` is the same.
+    """
+    if old is None or not trainer.args.use_bias_correction_kl:
+        return 1.0
+    log_ratio = logps - old
+    if trainer.importance_sampling_level == "sequence":
+        log_ratio = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
+    return log_ratio.exp()
+
+
 def scale_of_batch(trainer, batch, rows: int) -> torch.Tensor:
     """(B,), [`scale_of_advantages`] of a generation batch's rewards, less their penalty, for this process's `rows`."""
     charged, here = weighted(trainer, batch.rewards), trainer.accelerator.process_index * rows

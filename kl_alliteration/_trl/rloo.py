@@ -141,12 +141,11 @@ class RLOOSeam(PenaltySeam):
         loss = self.stock.compute_loss(model, inputs)
         scored, self.loss_pass = loss_pass.scored, None
         if scored is not None:
-            self.log_rollout_kl(scored.results[0], inputs)
+            self.log_rollout_kl(scored.results[0], inputs["completion_mask"], inputs["old_logps"])
         if self.in_loss and self.beta != 0:
             penalty = self._penalty_of_loss(loss_pass, inputs, inputs["completion_mask"], inputs["old_logps"])
             loss = loss + self.beta * (penalty * inputs.get("kl_text_weights", 1.0)).mean()
         if "kl_credit" in inputs:  # a value of 0, and the gradient of each token's own part of the advantage
             own = inputs["kl_credit"] * (loss_pass.logps - loss_pass.logps.detach())
             loss = loss - (self.ratio(scored, inputs["completion_mask"], inputs["old_logps"]) * own.sum(1)).mean()
-        self.check_loss(loss)
-        return loss
+        return self.checked(loss)

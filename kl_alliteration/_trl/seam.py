@@ -132,15 +132,16 @@ class Seam:
         for observe in self.after_batch:
             observe(rollout)
 
-    def check_loss(self, loss: torch.Tensor) -> None:
+    def checked(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss; `FloatingPointError` where it is no number."""
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()}")
+        return loss
 
-    def log_rollout_kl(self, logps: torch.Tensor, inputs) -> None:
-        """`kl/rollout_per_sequence` of a micro-batch: how far the policy is from the one that sampled it."""
-        if self.watch_rollout_policy and self.trainer.model.training:
-            new_logps = (logps.detach() * inputs["completion_mask"]).sum(1)
-            moved = self.trainer.accelerator.gather(inputs["old_logps"] - new_logps).mean().item()
+    def log_rollout_kl(self, logps: torch.Tensor, mask: torch.Tensor, old_logps: torch.Tensor | None) -> None:
+        """`kl/rollout_per_sequence` of a micro-batch: how far the policy is from the one that sampled it, (B,)."""
+        if self.watch_rollout_policy and self.trainer.model.training and old_logps is not None:
+            moved = self.trainer.accelerator.gather(old_logps - (logps.detach() * mask).sum(1)).mean().item()
             self.metrics["kl/rollout_per_sequence"].append(moved)
 
     def mean_per_token(self, values: torch.Tensor, mask: torch.Tensor) -> float:

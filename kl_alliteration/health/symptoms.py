@@ -80,7 +80,7 @@ def _not_finite(log: Log) -> str | None:
     "Look at the text. Clip gradients (max_grad_norm), warm up, use k1 or the exact KL in place of k3.",
 )
 def _spike(log: Log) -> str | None:
-    for name in log.present(*KL_NAMES):
+    for name in log.present(*KL_NAMES)[:1]:
         values = log.finite(name)
         if len(values) > 5 and values[-1] > max(0.05, 4 * max(values[-6:-1])):
             return f"{name} {values[-1]:.3g} nats per token after at most {max(values[-6:-1]):.3g}"
@@ -94,7 +94,7 @@ def _spike(log: Log) -> str | None:
     "Raise beta, or bound the KL by a budget or a target (docs/control.md); halve the learning rate.",
 )
 def _explodes(log: Log) -> str | None:
-    for name in log.present(*KL_NAMES):
+    for name in log.present(*KL_NAMES)[:1]:
         if (value := log.recent(name)) is not None and value > 0.5:
             return f"{name} {value:.3g} nats per token"
     return None
