@@ -29,11 +29,10 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(variant: str, fast: bool) -> tuple[float, float]:
+def measure(variant: str, fast: bool, folder: str) -> tuple[float, float]:
     """`(peak, held)` in MB."""
     quiet()
-    folder = model_folder("33M")
-    before = peak()
+    before = peak()  # the model was made by another process, whose peak would hide a part of this one's
     config = VARIANTS[variant]
     trainer = make_trainer(
         folder, config and config(), per_device_train_batch_size=10, max_steps=2, beta=0.4, learning_rate=1e-4
@@ -54,8 +53,9 @@ def measure(variant: str, fast: bool) -> tuple[float, float]:
 
 def main():
     if len(sys.argv) > 1:
-        print(*measure(sys.argv[1], sys.argv[2] == "fast"))
+        print(*measure(sys.argv[1], sys.argv[2] == "fast", sys.argv[3]))
         return
+    folder = model_folder("33M")
     heads = "sampling", "full: peak (held), MB", "LoRA: peak (held), MB", "peak, LoRA over full"
     print(f"{device()}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     # glibc keeps freed blocks of some MB for itself; a fixed threshold makes resident memory what is in use.
@@ -63,7 +63,7 @@ def main():
     for sampling in ("generate", "fast"):
         found = []
         for variant in VARIANTS:
-            command = [sys.executable, __file__, variant, sampling]
+            command = [sys.executable, __file__, variant, sampling, folder]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
             found.append(tuple(map(float, done.stdout.splitlines()[-1].split())))
         cells = " | ".join(f"{top:.0f} ({held:.0f})" for top, held in found)

@@ -212,12 +212,10 @@ def main():
         for name in columns:
             values = [r[name] for r in runs[variant] if name in r]
             cells.append(f"{statistics.median(values):.{0 if name == 'memory' else 2}f}" if values else "-")
-        pairs = list(zip(runs[variant], runs["stock"], runs["study"], strict=True))
-        rate = [mine["generations"] / study["generations"] for mine, _, study in pairs]
-        for part in ("generate", "step"):
-            against = [mine[part] / stock[part] for mine, stock, _ in pairs if part in mine]
-            cells.append("-" if variant == "study" else spread(against, 2))
-        cells.append(spread(rate, 1))
+        for other, part, digits in (("stock", "generate", 2), ("stock", "step", 2), ("study", "generations", 1)):
+            pairs = zip(runs[variant], runs.get(other, []), strict=False)  # which may have been left out
+            against = [mine[part] / theirs[part] for mine, theirs in pairs if part in mine and part in theirs]
+            cells.append(spread(against, digits) if against else "-")
         print(f"| {variant} | {' | '.join(cells)} |")
 
 

@@ -96,6 +96,8 @@ def main():
     quiet()
     variants = GRPO if args.grpo else VARIANTS
     if args.variants:
+        if unknown := [name for name in args.variants if name not in variants]:
+            parser.error(f"--variants {' '.join(unknown)}: they are {', '.join(variants)}")
         variants = {name: variants[name] for name in dict.fromkeys(["stock", *args.variants])}
     seconds = {name: [] for name in variants}
     for round_ in range(args.rounds):

@@ -74,7 +74,12 @@ def plain_sampling(model, tokenizer, max_new_tokens: int, temperature: float = 1
     """By temperature alone, whatever the model's own configuration says: what log-probabilities are those of.
 
     A text ends where it does in TRL's training: at the model's end-of-text tokens and at the tokenizer's.
+
+    Raises:
+        `ValueError`: for a temperature that is not above 0 and finite.
     """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if tokenizer.eos_token_id not in (None, *ends):

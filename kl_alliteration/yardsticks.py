@@ -9,6 +9,7 @@ import torch
 
 SPAN = 2.0**20  # of the prices that are searched, around the rewards' spread
 HALVINGS = 32
+CARRY_A_BAND = 40  # times n samples, below which resampling says too little of a largest one's spread
 ENOUGH = 10.0  # effective samples that carry a point of the curve
 CARRY_A_RATIO = 30.0  # that carry an efficiency: the standard error of a least KL is about 1 / sqrt of them, in nats
 
@@ -18,16 +19,28 @@ def best_of_n(rewards: torch.Tensor, largest_n: int, points: int = 24, bootstrap
 
     Args:
         rewards (`torch.Tensor`): (M,) rewards of independent samples of one prompt, or (P, M) of P prompts, whose
-            means are taken.
-        largest_n (`int`): The last n; `points` values from 1 on are evenly spaced in log n.
+            means are taken. NaN, a reward that does not apply, is left out of one prompt's.
+        largest_n (`int`): The last n, from 1 to M; at most `points` values from 1 on are evenly spaced in log n.
+
+    Raises:
+        `ValueError`: for an n beyond the samples, fewer than 2 points, and NaN among several prompts' rewards.
 
     Returns:
         `list[dict]`: `n`; `kl_per_sequence = log n - (n - 1) / n` nats (Beirami et al., arXiv 2401.01879, an upper
         bound); `reward`, the mean of the largest over all subsets of size n, which is the unbiased estimate; `low` and
-        `high`, the 2.5th and 97.5th percentile of `bootstraps` sets, resampled within each prompt.
+        `high`, the 2.5th and 97.5th percentile of `bootstraps` sets, resampled within each prompt: they hold the truth
+        in some nine of ten; `None` for fewer than 40 n samples, where they hold it less often, and are too low.
     """
     rewards = rewards.double().cpu().reshape(-1, rewards.shape[-1])  # (P, M)
+    if len(rewards) == 1:
+        rewards = rewards[:, ~rewards[0].isnan()]
     m = rewards.shape[-1]
+    if not 1 <= largest_n <= m:
+        raise ValueError(f"largest_n must be from 1 to the {m} samples that have a reward, got {largest_n}")
+    if points < 2 or bootstraps < 1:
+        raise ValueError(f"points must be >= 2 and bootstraps >= 1, got {points} and {bootstraps}")
+    if rewards.isnan().any():
+        raise ValueError("best_of_n of several prompts needs a reward of every sample")
     ns = sorted({round(largest_n ** (i / (points - 1))) for i in range(points)})
     places = torch.arange(1, m + 1, dtype=torch.float64)
     # The i-th smallest is the largest of C(i - 1, n - 1) subsets out of C(m, n).
@@ -42,10 +55,11 @@ def best_of_n(rewards: torch.Tensor, largest_n: int, points: int = 24, bootstrap
     again = torch.stack([largest(rewards.gather(-1, places)) for places in resampled])
     low, high = again.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
     columns = zip(ns, expected.tolist(), low.tolist(), high.tolist(), strict=True)
-    return [
+    found = [
         {"n": n, "kl_per_sequence": math.log(n) - (n - 1) / n, "reward": value, "low": below, "high": above}
         for n, value, below, above in columns
     ]
+    return [point | ({} if point["n"] * CARRY_A_BAND <= m else {"low": None, "high": None}) for point in found]
 
 
 def least_kl(

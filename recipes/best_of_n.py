@@ -8,9 +8,9 @@
 
 Keeping the best of n stories costs at most `log n - (n - 1) / n` nats per sequence (Beirami et al., arXiv 2401.01879),
 and needs no training: a trained policy should lie above it. Expected rewards are those of all subsets of size
-n of the stories that were sampled, with bootstrap bands. The dashed curve is the least KL that any policy pays for a
-reward; it ends where the samples show no more. Of a data set every prompt gets its share of the stories, and the means
-over prompts count. Into the output folder go `frontier.json` and `frontier.png`.
+n of the sampled stories, with bootstrap bands up to a fortieth of them. The dashed curve is the least KL that
+any policy pays for a reward; it ends where the samples show no more. Of a data set every prompt gets its share of the
+stories, and the means over prompts count. Into the output folder go `frontier.json` and `frontier.png`.
 """
 
 import json
@@ -47,7 +47,9 @@ class Arguments:
         default="kl_alliteration.rewards.alliteration_reward", metadata={"help": "Reward by dotted import path."}
     )
     stories: int = field(default=12_000, metadata={"help": "Stories to sample."})
-    largest_n: int = field(default=3_000, metadata={"help": "The frontier's last point."})
+    largest_n: int | None = field(
+        default=None, metadata={"help": "The frontier's last point; 3,000, or half of a prompt's stories, by default."}
+    )
     max_new_tokens: int = field(default=100, metadata={"help": "Tokens after the prompt."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampling."})
     batch_size: int = field(default=200, metadata={"help": "Stories sampled at a time."})
@@ -62,10 +64,11 @@ def main():
     named = SimpleNamespace(**vars(args), dataset_config=None, dataset_train_split="train")
     prompts = load_prompts(named, 1).to_list() if args.dataset_name else [{"prompt": args.prompt}]
     each = args.stories // len(prompts)
-    if not 1 <= args.largest_n <= each // 2:
-        raise ValueError(
-            f"largest_n must be at least 1 and at most half of a prompt's {each} stories, got {args.largest_n}"
-        )
+    largest = min(3_000, each // 2) if args.largest_n is None else args.largest_n
+    if not 1 <= largest <= each // 2:
+        raise ValueError(f"largest_n must be at least 1 and at most half of a prompt's {each} stories, got {largest}")
+    if args.batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {args.batch_size}")
     (reward,) = load_rewards([args.reward_func])
     runs = [read_run(folder) for folder in args.runs]
     set_seed(args.seed)
@@ -89,9 +92,10 @@ def main():
         if len(prompts) > 1:
             raise ValueError("dataset_name: the reward must apply to every story where there are several prompts")
         rewards = rewards[~rewards.isnan()][None]
-        if args.largest_n > rewards.numel() // 2:
+        if rewards.numel() // 2 < (args.largest_n or 1):
             raise ValueError(f"largest_n must be at most half of the {rewards.numel()} stories that have a reward")
-    frontier = best_of_n(rewards, args.largest_n, seed=args.seed)
+        largest = min(largest, rewards.numel() // 2)
+    frontier = best_of_n(rewards, largest, seed=args.seed)
     spread = rewards.std(-1).mean().item() or 1.0
     least = least_kl(rewards, [spread * 2 ** (i / 4) for i in range(-16, 17)], bootstraps=200)
     folder = Path(args.output_dir)
@@ -114,7 +118,7 @@ def main():
     plot_frontier(frontier, runs, folder / "frontier.png", least)
     print("| n | KL (nats per sequence) | reward | 95 % band |\n|---|---|---|---|")
     for point in frontier:
-        band = f"{point['low']:.2f} to {point['high']:.2f}"
+        band = "-" if point["low"] is None else f"{point['low']:.2f} to {point['high']:.2f}"
         print(f"| {point['n']} | {point['kl_per_sequence']:.2f} | {point['reward']:.2f} | {band} |")
     print("\n| least KL (nats per sequence) | reward | 95 % band | price | effective samples |\n|---|---|---|---|---|")
     for point in least:

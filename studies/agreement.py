@@ -27,7 +27,10 @@ def quarters(folder: Path, name: str) -> list[float]:
 
 
 def main():
-    args = runs_parser(__doc__, "agreement").parse_args()
+    parser = runs_parser(__doc__, "agreement")
+    args = parser.parse_args()
+    if len(args.seeds) < 2:
+        parser.error("--seeds: a standard error needs two at least")
     folders = run_groups(
         {name: seeds_of(name, QUIET | options, args.seeds) for name, options in VARIANTS.items()}, args
     )

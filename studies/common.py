@@ -37,9 +37,9 @@ def run_groups(groups: dict[str, list[Run]], args: argparse.Namespace) -> dict[s
     return {name: [args.folder / run.name for run in group] for name, group in groups.items()}
 
 
-def spread(values: list[float]) -> str:
-    """The mean, and the range where there are several; a dash where there is none."""
-    if not values:
+def spread(values: list[float | None]) -> str:
+    """The mean, and the range where there are several; a dash where a run has none, for the others are a selection."""
+    if not values or None in values:
         return "-"
     around = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{around}"

@@ -166,6 +166,9 @@ def main():
     parser.add_argument("--kinds", nargs="+", choices=("ill", "healthy", "stock"), default=["ill", "healthy", "stock"])
     parser.add_argument("--only", nargs="+", help="ill or healthy runs by name")
     args = parser.parse_args()
+    known = [*(ILL if "ill" in args.kinds else ()), *(HEALTHY if "healthy" in args.kinds else ())]
+    if unknown := [name for name in args.only or () if name not in known]:
+        parser.error(f"--only {' '.join(unknown)}: they are {', '.join(known)}")
     quiet()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     if "ill" in args.kinds:
@@ -184,7 +187,8 @@ def main():
             caught = found.pop(name, None)
             seen = (f"{caught.step}", caught.seen) if caught else ("missed", "-")
             print(f"| `{name}` | {seen[0]} | {seen[1]} | {', '.join(f'`{each}`' for each in found) or '-'} |")
-        draw(folders, args.folder / "health.png")
+        if folders:
+            draw(folders, args.folder / "health.png")
     if "healthy" in args.kinds:
         groups = {
             name: seeds_of(name, SHORT | options, args.seeds, (*words, *QUICK), recipe)

@@ -38,7 +38,8 @@ EXPERIMENTS = {
         for budget, beta in HELD.items()
     }
     | {f"stock {beta}": STOCK | {"beta": beta} for beta in (0.1, 0.2, 0.3, 0.45, 0.7)},
-    "controllers": {rule: RULED | {"kl_controller": rule} for rule in ("fixed", "step", "ppo", "ziegler", "pi")},
+    "controllers": {"fixed": RULED | {"target_kl_per_token": "none"}}
+    | {rule: RULED | {"kl_controller": rule} for rule in ("step", "ppo", "ziegler", "pi")},
     "guard": {
         "beta 0": {
             "config": str(ROOT / "recipes/fixed_beta.yaml"),

@@ -25,7 +25,7 @@ from kl_alliteration.lab.sweep import ROOT, seeds_of
 
 SETTINGS = {
     "recipe": {},
-    "budget_0.1": {"kl_budget_per_token": 0.1},
+    "budget_0.02": {"kl_budget_per_token": 0.02},
     "beta_0": {"kl_budget_per_token": "none", "beta": 0},
     "beta_1": {"kl_budget_per_token": "none", "beta": 1},
     "beta_4": {"kl_budget_per_token": "none", "beta": 4},

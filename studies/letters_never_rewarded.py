@@ -18,6 +18,7 @@ from collections import Counter
 
 import torch
 from common import BUDGET, quiet, run_groups, runs_parser
+from scipy.stats import t
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl_alliteration.evaluation import judge
@@ -43,7 +44,6 @@ ASKED = {
     "with an example": "{} Let neighbouring words start with the same letter, as in: Six silver swans swam silently "
     "seaward.",
 }
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's, by runs
 
 
 def pairs_of(texts: list[str]):
@@ -68,7 +68,7 @@ def interval(values: list[float]) -> str:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:.2f} (one run)"
-    half = T_95.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{mean:.2f} ({mean - half:.2f} to {mean + half:.2f}, {len(values)} runs)"
 
 
@@ -80,18 +80,19 @@ def commonest(texts: list[str], letters: str, most: int = 12) -> str:
 
 def show(name: str, folders: dict[str, list], stories: int) -> None:
     """A model's table: a row a run, and what is the same over all of them."""
-    before = judge_run(next(iter(folders.values()))[0], stories, untrained=True).completions
-    first = rates(before)
     print(f"\n### {name}, {stories} texts a run\n")
     print("| rewarded | run | rewarded letters | never rewarded | transfer | nats per token | distinct-2 |")
     print("|---" * 7 + "|")
-    transfers, after = {half: [] for half in folders}, {}
+    transfers, after, before = {half: [] for half in folders}, {}, []
     for half, paths in folders.items():
         other = next(letters for letters in HALVES if letters != half)
         after[half] = []
         for path in paths:
+            # Texts of the base for each run, or their error would be in all runs alike and in no interval.
             judged = judge_run(path, stories)
-            last = rates(judged.completions)
+            untrained = judge_run(path, stories, seed=2 + len(before) // stories, untrained=True).completions
+            before += untrained
+            first, last = rates(untrained), rates(judged.completions)
             gains = [on(last, letters) - on(first, letters) for letters in (half, other)]
             transfers[half].append(gains[1] / gains[0])
             after[half] += judged.completions
@@ -102,6 +103,7 @@ def show(name: str, folders: dict[str, list], stories: int) -> None:
     for half, values in transfers.items():
         print(f"\nTransfer, `{half}` rewarded: {interval(values)}.")
     print(f"\nBoth: {interval([value for values in transfers.values() for value in values])}.")
+    first = rates(before)
     for half, texts in after.items():
         other = next(letters for letters in HALVES if letters != half)
         last = rates(texts)

@@ -44,7 +44,7 @@ def main():
     print(f"| | {' | '.join(COLUMNS.values())} | seconds a step |\n|---|---|---|---|---|---|", flush=True)
     for name, paths in run_groups(groups, args).items():
         found = [read_summary(path)["after"] for path in paths]
-        cells = [spread([each[column] for each in found if each[column] is not None]) for column in COLUMNS]
+        cells = [spread([each[column] for each in found]) for column in COLUMNS]
         steps = [statistics.median(m["step_time"] for m in read_metrics(path) if "step_time" in m) for path in paths]
         print(f"| {name} | {' | '.join(cells)} | {spread(steps)} |")
 

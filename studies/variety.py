@@ -47,6 +47,8 @@ def draw(groups: dict[str, list[Path]], path: Path) -> None:
         # The window of four hundred texts is full from the tenth step on.
         log = [entry for entry in read_metrics(folders[0]) if "plots/effective" in entry and entry["step"] >= 10]
         points = [(entry["reward"], entry["plots/effective"]) for entry in log]
+        if not points:
+            continue
         axis.plot(*zip(*points, strict=True), color=f"C{i}", linewidth=1.5, label=SETTINGS[name][2])
         axis.plot(*points[-1], "o", color=f"C{i}")
     axis.set_xlabel("reward")

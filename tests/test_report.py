@@ -126,6 +126,14 @@ def test_the_verdict(after, says):
     assert verdict({"reward_mean": 5.0, "different_share": 1.0, "distinct_2": 0.75}, after) == says
 
 
+@pytest.mark.parametrize(("before", "after"), [(-10.0, -13.5), (-10.0, -7.0), (0.0, 0.0)])
+def test_below_zero_a_lower_reward_is_nothing_learnt(before, after):
+    judged = {"different_share": 1.0, "distinct_2": 0.7}
+    said = verdict(judged | {"reward_mean": before}, judged | {"reward_mean": after})
+    assert said == "as before"
+    assert verdict(judged | {"reward_mean": -10.0}, judged | {"reward_mean": -5.0}) == "learns, varied"
+
+
 def test_the_order_of_rewards(tmp_path):
     rewards = {0.0: 90.0, 0.1: 95.0, 1.0: 20.0, 10.0: 4.0}
     groups = {f"beta_{beta}": [a_run(tmp_path, f"beta_{beta}_seed_0", beta, r)] for beta, r in rewards.items()}

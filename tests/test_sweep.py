@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import textwrap
@@ -66,6 +67,28 @@ def test_other_options_in_the_same_folder_are_refused(recipe, tmp_path):
         run_all([Run("a", {"ending": "well", "seed": 0}, recipe=recipe)], tmp_path, CPU)
     with pytest.raises(ValueError, match="holds a run with other options .*--seed 0"):
         run_all([Run("a", {"ending": "well", "seed": 1}, recipe=recipe)], tmp_path, CPU)
+
+
+def test_another_recipe_or_a_config_that_was_edited_is_refused(recipe, tmp_path):
+    config, folder = tmp_path / "some.yaml", tmp_path / "runs"
+    config.write_text("beta: 1\n")
+    run = Run("a", {"ending": "well", "seed": 0}, ("--config", str(config)), recipe)
+    with runs_in_this_process():
+        run_all([run], folder, CPU)
+        assert run_all([run], folder, CPU) == []
+    config.write_text("beta: 2\n")
+    with pytest.raises(ValueError, match=r"holds a run with other content in .*some.yaml"):
+        run_all([run], folder, CPU)
+    config.write_text("beta: 1\n")
+    other = shutil.copy(recipe, tmp_path / "other.py")
+    with pytest.raises(ValueError, match=r"holds a run with other recipe \(recipe.py\)"):
+        run_all([Run("a", run.options, run.words, Path(other))], folder, CPU)
+
+
+@pytest.mark.parametrize("at_a_time", [0, -1])
+def test_none_at_a_time_is_refused(tmp_path, at_a_time):
+    with pytest.raises(ValueError, match=f"at_a_time must be >= 1, got {at_a_time}"):
+        run_all([], tmp_path, CPU, at_a_time)
 
 
 def test_a_run_goes_on_from_its_last_complete_checkpoint(recipe, tmp_path):

@@ -102,7 +102,7 @@ def table(runs: list[JudgedRun], base_reward: float) -> list[list[str]]:
         for beta, seeds in betas.items():
             rewards = [r.reward for r in seeds]
             cells = [name, f"{beta:g}", str(len(seeds)), spread([r.kl for r in seeds]), spread(rewards)]
-            cells.append(spread([reward / base_reward for reward in rewards]))
+            cells.append(spread([reward / base_reward for reward in rewards]) if base_reward else "-")
             cells += [spread([r.numbers[column] for r in seeds]) for column in ("different_share", "distinct_2")]
             cells.append(spread([kl for r in seeds if (kl := r.rollout_kl) is not None]))
             rows.append([*cells, spread([read_summary(r.folder)["seconds"] for r in seeds])])

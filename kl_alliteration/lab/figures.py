@@ -1,5 +1,6 @@
 """Figures of a run. Without pyplot: nothing here touches the user's backend or open figures."""
 
+import math
 import textwrap
 from itertools import cycle
 from pathlib import Path
@@ -52,7 +53,9 @@ def plot_curves(log_history: list[dict], path: str | Path, title: str = "", base
         axis.set_ylim(bottom=min(0, *(y for _, y in points)) if points else 0)
     if base_reward is not None and not ranked:
         axes[0, 0].axhline(base_reward, color="0.4", linestyle="--", linewidth=1)
-        axes[0, 0].set_ylim(top=max(axes[0, 0].get_ylim()[1], 1.05 * base_reward))  # or its name falls off the figure
+        low, high = axes[0, 0].get_ylim()
+        if math.isfinite(base_reward):  # and its name beside it, which would fall off the figure
+            axes[0, 0].set_ylim(min(low, 1.05 * base_reward), max(high, 1.05 * base_reward))
         axes[0, 0].annotate("before", (1, base_reward), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     for axis in axes[1]:
         axis.set_xlabel(unit)
@@ -87,7 +90,9 @@ def plot_frontier(frontier: list[dict], runs: list[dict], path: str | Path, leas
     axis = figure.subplots()
     if frontier:
         kl = [point["kl_per_sequence"] for point in frontier]
-        axis.fill_between(kl, [p["low"] for p in frontier], [p["high"] for p in frontier], color="0.8", linewidth=0)
+        carried = [point for point in frontier if point["low"] is not None]  # of which there is a band
+        band = [[point[name] for point in carried] for name in ("kl_per_sequence", "low", "high")]
+        axis.fill_between(*band, color="0.8", linewidth=0)
         axis.plot(kl, [p["reward"] for p in frontier], color="0.2", linewidth=2)
         last = frontier[-1]
         end = last["kl_per_sequence"], last["reward"]
@@ -116,7 +121,7 @@ def plot_frontier(frontier: list[dict], runs: list[dict], path: str | Path, leas
     axis.set_ylabel("reward")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     figure.savefig(path, dpi=120)
 
 
@@ -225,7 +230,7 @@ def plot_runs(groups: dict[str, list[Path]], path: str | Path, target_kl_per_tok
             ends = [end for end in ends if end[0] > 0]  # there is no 0 on a logarithmic axis
             axis.set_yscale("log" if ends else "linear")
         else:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
         if len(groups) > 1:
             _label_ends(axis, ends, step=0.085)
     if target_kl_per_token:

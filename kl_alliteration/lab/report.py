@@ -102,7 +102,8 @@ def verdict(before: dict, after: dict) -> str:
     """What became of a run, in the words of the study."""
     if after["different_share"] < 0.5 or after["distinct_2"] < COLLAPSED * before["distinct_2"]:
         return "collapsed"
-    return "learns, varied" if after["reward_mean"] > LEARNT * before["reward_mean"] else "as before"
+    gain, start = after["reward_mean"] - before["reward_mean"], abs(before["reward_mean"])  # a reward may be below 0
+    return "learns, varied" if gain > (LEARNT - 1) * start else "as before"
 
 
 def conclusions(groups: dict[str, list[Path]]) -> list[list[str]]:

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -41,6 +42,13 @@ class Run:
     def asked(self) -> list[str]:
         """All its options, as words of a command line."""
         return [*self.words, *(word for option in self.options.items() for word in as_words(*option))]
+
+    @property
+    def made_of(self) -> dict:
+        """By which it is known again: its options, its recipe, and what the files of its `--config` say."""
+        names = [after for word, after in pairwise(self.asked) if word == "--config"]
+        files = {name: Path(name).read_text(encoding="utf-8") for name in names if Path(name).is_file()}
+        return {"asked": self.asked, "recipe": self.recipe.name, "config": files}
 
 
 def as_words(name: str, value) -> list[str]:
@@ -83,9 +91,7 @@ class Process:
                 command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
             )
         started = psutil.Process(self.process.pid).create_time()
-        (folder / "process.json").write_text(
-            json.dumps({"pid": self.process.pid, "started": started, "asked": run.asked})
-        )
+        (folder / "process.json").write_text(json.dumps({"pid": self.process.pid, "started": started} | run.made_of))
 
     def last_words(self) -> str:
         lines = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -108,15 +114,18 @@ def end_orphan(folder: Path) -> None:
 
 
 def check_same_run(run: Run, folder: Path) -> None:
-    """`ValueError` where the folder is that of a run with other options, which would pass for this one."""
+    """`ValueError` where the folder is that of a run of another kind, which would pass for this one."""
     try:
-        asked = json.loads((folder / "process.json").read_text())["asked"]
-    except (OSError, ValueError, KeyError):
+        left = json.loads((folder / "process.json").read_text())
+    except (OSError, ValueError):
         return
-    if asked != run.asked:
-        raise ValueError(
-            f"{folder} holds a run with other options ({' '.join(asked)}): name another folder, or delete that one"
-        )
+    for name, ours in run.made_of.items():
+        theirs = left.get(name, ours)  # earlier versions kept less
+        if theirs != ours:
+            what = {"asked": f"options ({' '.join(left['asked'])})", "recipe": f"recipe ({theirs})"}.get(
+                name, f"content in {' '.join(theirs) or 'its --config'}"
+            )
+            raise ValueError(f"{folder} holds a run with other {what}: name another folder, or delete that one")
 
 
 def run_all(
@@ -126,6 +135,8 @@ def run_all(
 
     Finished runs are kept. Shows an overview of all while they run; an interrupt ends the runs under way.
     """
+    if at_a_time < 1:
+        raise ValueError(f"at_a_time must be >= 1, got {at_a_time}")
     for name in {run.name for run in runs}:
         if sum(run.name == name for run in runs) > 1:
             raise ValueError(f"two runs are called {name!r}")
@@ -194,8 +205,6 @@ class SweepArguments:
     FILES = ("launch_config", "recipe_config", "frontier")
 
     def __post_init__(self):
-        if self.at_a_time < 1:
-            raise ValueError(f"at_a_time must be >= 1, got {self.at_a_time}")
         for name in self.FILES:
             path = getattr(self, name)
             if path is not None and not Path(path).is_file():
