@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import file_exists
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -93,13 +94,22 @@ def load_adapter(
         model_kwargs: For the base's `from_pretrained`.
 
     Raises:
-        `ValueError`: where the adapter was trained on another base, or on another commit of it.
+        `ValueError`: where the adapter was trained on another base, or on another commit of it; for a base that is
+            neither a folder here nor a Hub id.
     """
     config = PeftConfig.from_pretrained(name, revision=adapter_revision)
     check_targets(config.target_modules)
     known = base_of(config)
     if base and known and base != known and not Path(base).is_dir() and not Path(known).is_dir():
         raise ValueError(f"the adapter {name} was trained on {known}, not on {base}")
+    if (path := base or known) and not Path(path).exists():
+        try:
+            validate_repo_id(path)
+        except HFValidationError:
+            raise ValueError(
+                f"the adapter {name} has the base {path!r}, which is not here and no Hub id: name it, base=FOLDER or "
+                "--base_model_name_or_path FOLDER"
+            ) from None
     revision = revision or config.revision
     model = AutoModelForCausalLM.from_pretrained(base or known, revision=revision or "main", **model_kwargs)
     commit = commit_of(model)

@@ -310,7 +310,7 @@ def judge(
     return Judgement(
         stories=len(texts),
         reward_mean=statistics.fmean(applied),
-        reward_std=statistics.pstdev(applied) if applied[0] == applied[0] else math.nan,
+        reward_std=statistics.pstdev(applied) if all(map(math.isfinite, applied)) else math.nan,
         different_share=different_share(texts),
         distinct_2=distinct_n(texts, 2),
         pairs_per_100_words=pairs_per_100_words(texts),

@@ -165,6 +165,15 @@ def test_an_adapter_knows_its_base(tmp_path, monkeypatch):
         load_adapter(str(tmp_path), base=str(MODEL_PATH), revision="v2")
 
 
+@pytest.mark.parametrize("name", ["my models/tiny", "/home/someone/tiny"])
+def test_a_base_that_is_neither_here_nor_on_the_hub_is_asked_for(tmp_path, name):
+    get_peft_model(base_model("llama"), default_lora_config()).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written | {"base_model_name_or_path": name}))
+    with pytest.raises(ValueError, match=f"has the base '{name}', which is not here .*--base_model_name_or_path"):
+        load_adapter(str(tmp_path))
+
+
 @pytest.mark.parametrize("variant", ["lora", "dora", "rslora"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_merged_logits_agree(family, variant):

@@ -94,6 +94,14 @@ def test_it_samples_by_temperature_whatever_the_model_says(model, tokenizer, own
     assert judged[0].completions == judged[1].completions
 
 
+def test_a_reward_that_is_infinite_has_no_spread(model, tokenizer):
+    def endless(completions, **columns):
+        return [-math.inf] + [1.0] * (len(completions) - 1)
+
+    judged = judge(model, tokenizer, PROMPTS, endless, max_new_tokens=3)
+    assert judged.reward_mean == -math.inf and math.isnan(judged.reward_std)
+
+
 def test_what_nobody_can_judge_is_said(model, tokenizer):
     async def slowly(completions, **columns):
         return [0.0] * len(completions)
@@ -103,6 +111,7 @@ def test_what_nobody_can_judge_is_said(model, tokenizer):
         (PROMPTS, lambda completions, **columns: [1.0], {}, "reward: 1 answers for .* return one for each"),
         (PROMPTS, slowly, {}, "reward: an asynchronous one"),
         (PROMPTS, reward, {"adapter_off_is_reference": True}, "the model has no adapter"),
+        (PROMPTS, reward, {"temperature": -1.0}, "temperature must be above 0 and finite, got -1.0"),
     ]:
         with pytest.raises(ValueError, match=words):
             judge(model, tokenizer, prompts, how, max_new_tokens=3, **options)

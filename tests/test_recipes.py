@@ -209,7 +209,7 @@ def test_a_target_takes_the_place_of_a_file_s_budget_and_beta(tmp_path, tiny_mod
     options = "--target_kl_per_sequence", "0.5", "--base_samples", "200", "--model_name_or_path", tiny_model
     reward = "--reward_funcs", "kl_alliteration.rewards.alliteration_reward"
     shown = run(RECIPE, "--output_dir", "out", *options, *reward, *SMALL, "--logging_steps", "1", cwd=tmp_path).stdout
-    assert "target 0.5 nats per sequence: price" in shown
+    assert "target 0.5 nats per sequence: price" in shown and "reward_discount" not in shown
     assert len(lines(tmp_path / "out/base_samples.jsonl")) == 200
     first = lines(tmp_path / "out/metrics.jsonl")[0]
     assert first["kl/target_use"] == pytest.approx(first["kl/exact_per_sequence"] / 0.5, rel=1e-4)
@@ -319,11 +319,12 @@ def test_best_of_n_takes_every_prompt_of_a_data_set(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     counts = "[float(len(c) + len(n)) for c, n in zip(completions, noun)]"  # of a column too
     (tmp_path / "mine.py").write_text(f"def reward(completions, noun, **columns):\n    return {counts}\n")
-    options = "--reward_func mine.reward --dataset_name prompts.jsonl --stories 81 --largest_n 20".split()
+    options = "--reward_func mine.reward --dataset_name prompts.jsonl --stories 81".split()
     options += "--max_new_tokens 12 --temperature 0.7".split()
     done = run("best_of_n.py", *options, cwd=tmp_path)
     facts = json.loads((tmp_path / "runs/best_of_n/frontier.json").read_text())
     assert facts["stories"] == 80 and facts["frontier"][0]["n"] == 1  # 40 of each
+    assert facts["frontier"][-1]["n"] == 20  # half of them, where nobody says
     least = facts["least_kl"]
     assert [p["kl_per_sequence"] for p in least] == sorted(p["kl_per_sequence"] for p in least) and len(least) > 3
     assert least[0]["reward"] == pytest.approx(facts["frontier"][0]["reward"], rel=0.1)  # a high price buys nothing

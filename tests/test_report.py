@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from kl_alliteration.lab import report
-from kl_alliteration.lab.report import PANELS, order_of_rewards, verdict, write_report
+from kl_alliteration.lab.report import PANELS, order_of_rewards, spread, verdict, write_report
 from kl_alliteration.text import alliterating_words
 
 
@@ -132,6 +132,17 @@ def test_below_zero_a_lower_reward_is_nothing_learnt(before, after):
     said = verdict(judged | {"reward_mean": before}, judged | {"reward_mean": after})
     assert said == "as before"
     assert verdict(judged | {"reward_mean": -10.0}, judged | {"reward_mean": -5.0}) == "learns, varied"
+
+
+def test_cells_have_three_digits():
+    assert [spread([value]) for value in (123.4, 12.34, 1.234, -12.34, 0.1234)] == [
+        "123",
+        "12.3",
+        "1.23",
+        "-12.3",
+        "0.12",
+    ]
+    assert spread([0.0042, 0.0043]) == "0.0043 (0.0042 to 0.0043)"
 
 
 def test_the_order_of_rewards(tmp_path):

@@ -173,7 +173,7 @@ class KLHealthCallback(TrainerCallback):
             if each.symptom in known:
                 continue
             if each.symptom in ("spike", "not_finite", "explodes") and self.furthest is not None:
-                seen = f"{each.seen}; furthest, at {self.furthest[0]:.3g} nats: {self.furthest[1]!r}"
+                seen = f"{each.seen}; furthest by k1, at {self.furthest[0]:.3g} nats: {self.furthest[1]!r}"
                 each = Finding(each.symptom, each.step, seen)
             self.findings.append(each)
             if self.trainer.is_world_process_zero():

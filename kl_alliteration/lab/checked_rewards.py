@@ -77,7 +77,7 @@ def load_rewards(paths: list[str], model: str | None = None, timeout: float | No
         try:
             function = getattr(importlib.import_module(module_name), name)
         except (ImportError, AttributeError) as error:
-            raise ValueError(f"reward_funcs: cannot import {path!r}: {error}") from None
+            raise ValueError(f"reward_funcs: cannot import {path!r} from {os.getcwd()}: {error}") from None
         except (Exception, SystemExit) as error:  # of the user's file
             raise ValueError(f"reward_funcs: cannot import {path!r}: {type(error).__name__}: {error}") from error
         if not callable(function):

@@ -9,7 +9,7 @@ from pathlib import Path
 from .figures import plot_frontier
 from .pages import fill_template
 from .report import spread
-from .runs import read_metrics, read_summary
+from .runs import as_json, read_metrics, read_summary
 
 NAME = "judged.json"
 STORIES = 2  # of each algorithm on the page
@@ -52,7 +52,7 @@ def judged(algorithm: str, beta: float, folder: Path, stories: int, judge_run) -
     if not known:
         judgement = judge_run(folder, stories)
         numbers, texts = judgement.numbers(), judgement.texts[:STORIES]
-        (folder / NAME).write_text(json.dumps({"numbers": numbers, "texts": texts}, indent=1) + "\n", encoding="utf-8")
+        (folder / NAME).write_text(as_json({"numbers": numbers, "texts": texts}, indent=1) + "\n", encoding="utf-8")
     return JudgedRun(algorithm, beta, folder, numbers, texts)
 
 
@@ -117,7 +117,7 @@ def write_page(runs: list[JudgedRun], frontier: list[dict], folder: Path) -> Pat
     """
     plot_algorithms(runs, frontier, folder / "algorithms.png")
     facts = [{"algorithm": r.algorithm, "beta": r.beta, "run": r.folder.name, **r.numbers} for r in runs]
-    (folder / "algorithms.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (folder / "algorithms.json").write_text(as_json(facts, indent=1) + "\n", encoding="utf-8")
     base = frontier[0]["reward"]
     return fill_template(
         folder / "algorithms.md",

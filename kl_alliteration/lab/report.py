@@ -88,7 +88,7 @@ def spread(values: list[float]) -> str:
     if not values:
         return "-"
     mean, low, high = (
-        f"{value:.{0 if value >= 99.5 else 1 if value >= 9.95 else 2}f}"
+        f"{value:.{0 if abs(value) >= 99.5 else 1 if abs(value) >= 9.95 else 2 if abs(value) >= 0.0995 else 4}f}"
         for value in (statistics.fmean(values), min(values), max(values))
     )
     return mean if low == high else f"{mean} ({low} to {high})"

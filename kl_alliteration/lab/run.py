@@ -89,7 +89,8 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
     trainer.add_callback(KLPenaltyCallback(trainer, args.penalty if trainer.beta else None, strict=args.strict))
     if args.baseline == "none":
         leave_baseline_out(seam_of(trainer))
-    if args.reward_discount is not None:
+    pays_prefixes = any(map(scores_prefixes, trainer.reward_funcs))
+    if args.reward_discount is not None and (pays_prefixes or args.target_kl_per_sequence is None):  # which brings it
         use_reward_to_go(trainer, args.reward_discount, args.reward_prefix_tokens)
     if args.kl_to_go:
         use_kl_to_go(trainer)

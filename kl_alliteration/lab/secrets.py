@@ -7,7 +7,7 @@ import re
 # Of an option, or of a key in an option that is a mapping such as `model_init_kwargs`.
 NAMES = re.compile(r"(?:^|_)(?:hub_token|auth_token)$|^token$")
 AT_LEAST = 8  # characters: what is shorter is no secret, and a word of any message
-IN_ENVIRONMENT = re.compile(r"(?:^|_)(?:TOKEN|API_KEY|PASSWORD|SECRET)$")
+IN_ENVIRONMENT = re.compile(r"(?:^|_)(?:TOKEN|KEY|PASSWORD|SECRET)$")
 
 
 def is_secret(name: str, value) -> bool:

@@ -40,8 +40,8 @@ def use_fast_sampling(trainer, one_forward: bool = True, keep_memory: bool = Tru
     while sampling. Anything else goes to transformers' own `generate` with one line in the log, and so do sharded
     weights (FSDP, DeepSpeed). With vLLM there is nothing to do.
 
-    `one_forward`: where a generation batch is one update, the loss uses the scoring pass and its graph in place of a
-    second forward pass. It holds the graph while the reference scores and the rewards are computed.
+    `one_forward`: where a generation batch is one micro-batch, the loss uses the scoring pass and its graph, in place
+    of a second forward pass. It holds the graph while the reference scores and the rewards are computed.
 
     `keep_memory`: on a CPU, [`keep_freed_memory`].
     """
