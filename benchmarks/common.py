@@ -1,5 +1,8 @@
 """What the benchmarks share: the trainer that they time, and silence."""
 
+import json
+import subprocess
+import sys
 import tempfile
 import warnings
 
@@ -22,6 +25,7 @@ from kl_alliteration import alliteration_reward
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
 
 TOKENS = 100
+FOUND = "FOUND "  # before what a child says
 
 
 def make_trainer(folder: str = str(MODEL_PATH), peft_config=None, prompt: str = PROMPT, grpo: bool = False, **options):
@@ -105,3 +109,16 @@ def quiet() -> None:
 
 def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
+
+
+def in_a_process(script: str, *options: str):
+    """What a child of a benchmark's own file said by [`say`]: memory, and what a process keeps, are its own then."""
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(FOUND)]
+    if not lines:
+        sys.exit(done.stderr[-2000:])
+    return json.loads(lines[0].removeprefix(FOUND))
+
+
+def say(found) -> None:
+    print(FOUND + json.dumps(found))

@@ -15,12 +15,10 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
-import sys
 import time
 
 import torch
-from common import TOKENS, device, make_trainer, model_folder, quiet
+from common import TOKENS, device, in_a_process, make_trainer, model_folder, quiet, say
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
 from kl_alliteration import alliteration_reward, use_fast_sampling
@@ -144,20 +142,13 @@ def scaling() -> None:
     cases = [{"length": n} for n in (32, 128, 512)] + [{"batch": n} for n in (8, 40, 160, 640)]
     for case in cases + [{"vocabulary": n} for n in (512, 4608, 50_257)]:
         case = {"vocabulary": 4608, "batch": 40, "length": 100} | case
-        theirs, ours = (in_a_process("--way", way, "--case", json.dumps(case)) for way in ("transformers", "ours"))
+        theirs, ours = (
+            in_a_process(__file__, "--way", way, "--case", json.dumps(case)) for way in ("transformers", "ours")
+        )
         cells = " | ".join(str(value) for value in case.values())
         a, b = theirs["seconds"], ours["seconds"]
         memory = f"{theirs['memory']:.0f} | {ours['memory']:.0f}"
         print(f"| {cells} | {a:.2f} | {b:.2f} | {b / a:.2f} | {memory} |", flush=True)
-
-
-def in_a_process(*options: str) -> dict:
-    """What a child of this file found."""
-    done = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    if not lines:
-        sys.exit(done.stderr[-2000:])
-    return json.loads(lines[0].removeprefix("FOUND "))
 
 
 def child(args) -> None:
@@ -168,7 +159,7 @@ def child(args) -> None:
     else:
         found = run_trl(args.variant, args.folder, args.batch, args.steps)
     found["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print("FOUND " + json.dumps(found))
+    say(found)
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -201,7 +192,7 @@ def main():
     options = ["--folder", folder, "--batch", str(args.batch), "--steps", str(args.steps)]
     for repeat in range(args.repeats):
         for variant in args.variants[:: -1 if repeat % 2 else 1]:
-            runs[variant].append(in_a_process("--variant", variant, *options))
+            runs[variant].append(in_a_process(__file__, "--variant", variant, *options))
     print(f"{args.model}, batch {args.batch}, {device()}; floor {floor(folder, args.batch):.2f} s a step\n")
     columns = ("generate", "score", "update", "step", "memory", "generations")
     print("| | generate (s) | score (s) | update (s) | step (s) | peak (MB) | generations/s |", end="")
