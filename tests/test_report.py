@@ -79,6 +79,16 @@ def test_a_run_without_a_penalty_is_drawn_too(tmp_path):
     assert write_report(a_run(tmp_path / "alone", "beta_0_seed_0", 0.0, 9.0).parent).is_file()
 
 
+def test_a_run_of_dpo_is_drawn_over_its_pairs(tmp_path):
+    run = tmp_path / "dpo_seed_0"
+    run.mkdir()
+    lines = [{"step": i, "pairs": 4 * i, "loss": 0.5, "entropy": 1.5 - i / 10} for i in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(tmp_path).read_text()
+    assert (tmp_path / "entropy.png").is_file() and "entropy (nats per token): not in any log" not in page
+    assert "%{x} pairs: %{y:.4g}" in page
+
+
 def test_an_empty_folder_is_a_page_and_none_is_an_error(tmp_path):
     assert "not in any log" in write_report(tmp_path).read_text()
     with pytest.raises(ValueError, match="there is no folder"):

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from .figures import COLORS, read_run
-from .runs import read_metrics
+from .runs import place_of, read_metrics
 
 HEIGHT = 360  # pixels
 CONFIG = {"displaylogo": False, "responsive": True}
@@ -38,12 +38,13 @@ def over_time(groups: dict[str, list[Path]], entry: str, label: str) -> str | No
 
     `None` where no log has it.
     """
-    traces = []
+    traces, units = [], set()
     for place, (group, runs) in enumerate(groups.items()):
         for number, run in enumerate(runs):
-            points = [(e.get("generations", e.get("step")), e[entry]) for e in read_metrics(run) if entry in e]
+            points = [(*place_of(e), e[entry]) for e in read_metrics(run) if entry in e and place_of(e)]
             if points:
-                x, y = zip(*points, strict=True)
+                names, x, y = zip(*points, strict=True)
+                units.add(names[0])
                 traces.append(
                     go.Scatter(
                         x=x,
@@ -52,10 +53,10 @@ def over_time(groups: dict[str, list[Path]], entry: str, label: str) -> str | No
                         legendgroup=group,
                         showlegend=not number,
                         line={"color": COLORS[place % len(COLORS)], "width": 1.5},
-                        hovertemplate=f"{run.name}<br>%{{x}} generations: %{{y:.4g}}<extra></extra>",
+                        hovertemplate=f"{run.name}<br>%{{x}} {names[0]}: %{{y:.4g}}<extra></extra>",
                     )
                 )
-    return _html(traces, "generations", label) if traces else None
+    return _html(traces, " or ".join(sorted(units)), label) if traces else None
 
 
 def frontier(groups: dict[str, list[Path]], best_of_n: list[dict], least: list[dict]) -> str | None:

@@ -9,7 +9,7 @@ from statistics import fmean
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from .runs import read_metrics
+from .runs import place_of, read_metrics
 
 # Okabe-Ito, told apart by readers with any colour vision.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -130,24 +130,22 @@ def plot_groups(groups: dict[str, list[Path]], name: str, label: str, path: str 
 
     `False`, and no file, where no log has it.
     """
-    lines = {
-        group: [
-            [
-                (e["generations"], e[name])
-                for e in read_metrics(folder)
-                if e.get(name) is not None and "generations" in e
-            ]
-            for folder in folders
-        ]
-        for group, folders in groups.items()
+    found = {
+        group: [[(place_of(e), e[name]) for e in read_metrics(run) if name in e and place_of(e)] for run in runs]
+        for group, runs in groups.items()
     }
-    return plot_lines({label: lines}, path)
+    units = {unit for runs in found.values() for points in runs for (unit, _), _ in points}
+    lines = {group: [[(x, y) for (_, x), y in points] for points in runs] for group, runs in found.items()}
+    return plot_lines({label: lines}, path, unit=" or ".join(sorted(units)))
 
 
 def plot_lines(
-    panels: dict[str, dict[str, list[list[tuple]]]], path: str | Path, mark: tuple[float, str] | None = None
+    panels: dict[str, dict[str, list[list[tuple]]]],
+    path: str | Path,
+    mark: tuple[float, str] | None = None,
+    unit: str = "generations",
 ) -> bool:
-    """Panels of quantities over generations: label to group to a line of `(generations, value)` a seed.
+    """Panels of quantities over generations, or another unit: label to group to a line of `(place, value)` a seed.
 
     `mark` is a place on the horizontal axis with its name. `False`, and no file, where all lines are empty.
     """
@@ -173,7 +171,7 @@ def plot_lines(
         axis.grid(alpha=0.25)
     if mark is not None:
         axes[0, 0].annotate(f"{mark[1]} ", (mark[0], 1), xycoords=("data", "axes fraction"), ha="right", va="top")
-    axes[-1, 0].set_xlabel("generations", fontsize=12)
+    axes[-1, 0].set_xlabel(unit, fontsize=12)
     if drawn:
         figure.savefig(path, dpi=120)
     return drawn

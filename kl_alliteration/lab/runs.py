@@ -53,6 +53,11 @@ def read_metrics(folder: Path) -> list[dict]:
     return entries
 
 
+def place_of(entry: dict) -> tuple[str, int] | None:
+    """How far its run was at an entry of the log: completions sampled, or pairs seen by DPO, or else steps."""
+    return next(((name, entry[name]) for name in ("generations", "pairs", "step") if name in entry), None)
+
+
 def read_stories(folder: Path, when: str, count: int) -> list[dict]:
     """The first lines of a run's `stories.jsonl` that are `"before"` or `"after"`, up to one that cannot be read."""
     found = []
