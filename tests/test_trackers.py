@@ -38,7 +38,12 @@ def test_each_name_has_one_chart_and_a_chart_without_a_name_is_left_out():
         "2 KL to the reference": {
             "KL, nats per token": [
                 "Multiline",
-                ["^train/kl/(k1|k2|k3|exact)_per_token$", "^train/kl$", "^train/kl/base_per_token$"],
+                [
+                    "^train/kl/(k1|k2|k3|exact)_per_token$",
+                    "^train/kl$",
+                    "^train/kl/base_per_token$",
+                    "^train/kl/target_per_token$",
+                ],
             ]
         }
     }

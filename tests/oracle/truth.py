@@ -257,7 +257,8 @@ class GRPOOracle(Oracle):
             truth = truth + trainer.beta * self.reduced(spread_out.expand_as(logps), mask, inputs)
         self.differ("loss", loss.detach(), truth.detach())
         x = (sampled(log_p, ids) - sampled(log_q, ids)).detach()
-        k3 = (((-x).exp() - 1 + x) * mask).sum() / mask.sum().clamp(min=1)
+        weights = ratio.detach() if trainer.args.use_bias_correction_kl else 1.0
+        k3 = (((-x).exp() - 1 + x) * weights * mask).sum() / mask.sum().clamp(min=1)
         self.differ("logged", trainer._metrics["train"]["kl"][-1], k3)
         if loss.requires_grad:
             self.compare_gradients(model, loss, truth)
