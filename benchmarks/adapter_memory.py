@@ -55,6 +55,7 @@ def main():
     if len(sys.argv) > 1:
         print(*measure(sys.argv[1], sys.argv[2] == "fast", sys.argv[3]))
         return
+    quiet()
     folder = model_folder("33M")
     heads = "sampling", "full: peak (held), MB", "LoRA: peak (held), MB", "peak, LoRA over full"
     print(f"{device()}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
