@@ -1,6 +1,7 @@
 """LoRA adapters: their configuration, loading them on the right base, stacking and merging them."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -252,5 +253,5 @@ def go_back(model: PreTrainedModel | PeftModel, fraction: float, base: PreTraine
     if reason := why_off_is_not_the_base(model):
         raise ValueError(f"only an adapter whose off is its base can go part of the way back to it: {reason}")
     for name, parameter in model.named_parameters():
-        if any(f"{matrix}.{adapter}" in name for matrix in ("lora_B", "lora_embedding_B") for adapter in active):
+        if any(m in ("lora_B", "lora_embedding_B") and adapter in active for m, adapter in pairwise(name.split("."))):
             parameter.mul_(fraction)

@@ -4,7 +4,7 @@ import torch
 from transformers import TrainerCallback
 
 from . import kl
-from ._trl import last_rewards, listen_to_engine, seam_of, spread_in_groups
+from ._trl import listen_to_engine, seam_of, spreads_in_groups
 from .sampling_options import warn_of_sampling
 
 
@@ -41,8 +41,7 @@ class KLMonitorCallback(TrainerCallback):
         warn_of_sampling(trainer, "exact" if exact else "k1", seam_of(trainer).is_as_sampled)
         listen_to_engine(self.seam)
         self.seam.observers.append(self.observe)
-        updates = trainer.args.steps_per_generation * trainer.num_iterations
-        self.seam.watch_rollout_policy = updates > trainer.args.gradient_accumulation_steps
+        self.seam.watch_rollout_policy = not self.seam.is_on_policy
 
     def observe(self, rollout: kl.Rollout) -> None:
         accelerator, metrics, mask = self.trainer.accelerator, self.seam.metrics, rollout.completion_mask
@@ -75,11 +74,9 @@ class KLMonitorCallback(TrainerCallback):
         metrics["kl/max_per_sequence"].append(accelerator.gather(best).max().item())
         metrics["kl/beta"].append(self.seam.beta)
         if self.seam.beta != 0 and self.seam.last_penalty is not None:
-            penalty = self.seam.beta * accelerator.gather(self.seam.last_penalty)
-            spreads = [
-                spread_in_groups(self.trainer, each) for each in (penalty, last_rewards(self.trainer)[-len(penalty) :])
-            ]
-            metrics["kl/share_of_spread"].append(spreads[0] / sum(spreads) if sum(spreads) else 0.0)
+            penalty, reward = spreads_in_groups(self.seam)
+            penalty = self.seam.beta * penalty
+            metrics["kl/share_of_spread"].append(penalty / (penalty + reward) if penalty + reward else 0.0)
 
     def observe_sampler(self, rollout: kl.Rollout) -> None:
         """KL(sampler || policy) of what another engine sampled: 0 but for rounding where both are one policy."""

@@ -128,6 +128,7 @@ def ahead(runs: dict[str, list[Path]], frontier: list[dict], figures: Path) -> N
             cells.append(f"{spread}, {len(rewards)} of {len(folders)}")
         rows.append([name, *cells])
     columns = [[p[name] for p in frontier] for name in ("kl_per_sequence", "reward", "low", "high")]
+    columns = [[numpy.nan if value is None else value for value in column] for column in columns]  # beyond its bands
     best = [[float(numpy.interp(level, columns[0], c, right=numpy.nan)) for c in columns[1:]] for level in levels]
     rows.append(["best of n", *("no such n" if r != r else f"{r:.1f} ({a:.1f} to {b:.1f})" for r, a, b in best)])
     table(("", *(f"reward at {level} nats" for level in levels)), rows)

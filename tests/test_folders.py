@@ -210,8 +210,12 @@ def test_a_mark_is_of_size_and_time(tmp_path):
 @pytest.mark.parametrize("anew", [True, False])
 def test_a_run_that_begins_has_no_results_of_the_one_before(tmp_path, anew):
     """A report would show them beside its curves."""
-    for name in ("summary.json", "stories.jsonl", "stories.md", "curves.png", "health.json", "adapter_config.json"):
+    names = {"summary.json", "stories.jsonl", "stories.md", "curves.png", "health.json", "adapter_config.json"}
+    for name in names:
         (tmp_path / name).write_text("{}")
+    begin_record(tmp_path, anew)
+    assert names <= {path.name for path in tmp_path.iterdir()}  # no run was here: they are the user's
+    runs.write_record(tmp_path, files={})
     begin_record(tmp_path, anew)
     left = {path.name for path in tmp_path.iterdir()} - {"_made.json"}
     assert left == {"adapter_config.json"} | (set() if anew else {"health.json"})

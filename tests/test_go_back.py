@@ -54,14 +54,15 @@ def test_an_adapter_as_peft_scales_it(fraction):
     assert fraction == 1 or not torch.allclose(whole, expected)
 
 
+@pytest.mark.parametrize("other", ["ref", "default_2"])
 @torch.no_grad()
-def test_an_adapter_that_is_not_active_stays_as_it_is():
+def test_an_adapter_that_is_not_active_stays_as_it_is(other):
     """A run's frozen reference is one."""
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     model = with_adapter(config)
-    model.add_adapter("ref", config)
+    model.add_adapter(other, config)
     for name, parameter in model.named_parameters():
-        if ".ref." in name:
+        if f".{other}." in name:
             parameter.fill_(1.0)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     go_back(model, 0.5)

@@ -199,6 +199,24 @@ def test_a_start_apart_is_seen_however_seldom_is_logged(make_trainer):
     assert [(each.symptom, each.step) for each in watching.findings] == [("starts_apart", 1)]
 
 
+def test_a_first_text_that_is_no_number_is_named(make_trainer):
+    trainer = make_trainer()
+    watching = KLHealthCallback(trainer)
+    trainer.add_callback(watching)
+    score = watching.seam._score_reference
+
+    def broken(*args, **kwargs):
+        scored = score(*args, **kwargs)
+        scored[0][3] = math.nan
+        return scored
+
+    watching.seam._score_reference = broken
+    with pytest.raises(FloatingPointError):
+        trainer.train()
+    (found,) = watching.findings
+    assert found.symptom == "not_finite" and repr(list(trainer._logs["completion"])[3]) in found.seen
+
+
 def test_a_new_run_in_the_folder_has_nothing_of_the_one_before(make_trainer, tmp_path):
     trainer = make_trainer(beta=0.0)
     trainer.add_callback(KLHealthCallback(trainer))

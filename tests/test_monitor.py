@@ -259,3 +259,17 @@ def test_the_share_of_the_spread_is_within_groups(make_trainer):
     trainer.add_callback(KLMonitorCallback(trainer))
     found = [entry["kl/share_of_spread"] for entry in entries(trainer)]
     assert found[0] == 0 and min(found[1:]) > 0.9  # half a thousandth is what differs among a prompt's completions
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_evaluation_batch_may_be_larger_than_a_generation_batch(make_trainer):
+    """Of which TRL keeps no more rewards than a generation batch has."""
+    sizes = {"num_generations": 3, "per_device_train_batch_size": 6}
+    trainer = make_trainer(**sizes, num_generations_eval=4, per_device_eval_batch_size=8, max_steps=1)
+    trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("exact", "both")))
+    trainer.add_callback(KLMonitorCallback(trainer))
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    found = trainer.evaluate(trainer.train_dataset.select(range(8)))
+    assert 0 < found["eval_kl/share_of_spread"] < 1

@@ -159,12 +159,13 @@ def test_a_teacher_is_not_asked_for_the_policy_s_revision(tiny_model, teacher, t
     assert loaded_with(monkeypatch, trainer, str(teacher)) == [(str(teacher), None)]
 
 
-@pytest.mark.parametrize("options", [None, {"revision": "v2"}])
-def test_the_policy_s_own_path_is_asked_for_its_own_commit(tiny_model, tmp_path, monkeypatch, options):
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("options", [None, {"revision": "main"}])  # which recipes always give
+def test_the_policy_s_own_path_is_asked_for_its_own_commit(tiny_model, tmp_path, monkeypatch, options, named):
     trainer = make("rloo", False, tiny_model, tmp_path)
     trainer.args.model_init_kwargs, trainer.model.config._commit_hash = options, "0123abc"
-    expected = "v2" if options else "0123abc"
-    assert loaded_with(monkeypatch, trainer) == [(str(tiny_model), expected)]
+    path = [str(tiny_model)] if named else []
+    assert loaded_with(monkeypatch, trainer, *path) == [(str(tiny_model), "0123abc")]
 
 
 def test_a_policy_that_was_made_in_memory_has_no_path(tiny_model, tmp_path):

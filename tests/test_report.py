@@ -153,6 +153,7 @@ def test_cells_have_three_digits():
         "0.12",
     ]
     assert spread([0.0042, 0.0043]) == "0.0043 (0.0042 to 0.0043)"
+    assert spread([0.0, 1.0]) == "0.50 (0.00 to 1.00)"
 
 
 def test_the_order_of_rewards(tmp_path):

@@ -1,5 +1,6 @@
 """Each fault provoked for real: the message, the status, and what is left on disk."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 from programs import ROOT, fork, run
 from test_recipes import RECIPE, lines
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from kl_alliteration.lab.checked_rewards import CheckedReward
 from kl_alliteration.lab.runs import is_complete, last_checkpoint
@@ -189,6 +190,33 @@ def test_a_signal_waits_for_the_last_update_of_a_batch(make_trainer):
         train_or_say_why(trainer, trainer.train)
 
 
+def test_a_signal_in_a_batch_that_is_never_used_up_saves_at_the_end(make_trainer):
+    trainer = make_trainer(max_steps=3, num_iterations=2)
+
+    class Cluster(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.add_callback(Cluster())
+    with pytest.raises(Terminated, match="SIGTERM at step 3; the last good checkpoint is .*checkpoint-3"):
+        train_or_say_why(trainer, trainer.train)
+
+
+def test_where_all_steps_were_made_the_best_is_loaded_as_the_trainer_would(make_trainer, tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(**options).train()
+    state = json.loads((tmp_path / "checkpoint-2/trainer_state.json").read_text())
+    state["best_model_checkpoint"] = str(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-2/trainer_state.json").write_text(json.dumps(state))
+    again = make_trainer(**options)
+    again.args.load_best_model_at_end = True  # which TRL's configuration ties to evaluations
+    train_or_say_why(again, lambda: again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1")
+    for ours, theirs in zip(again.model.parameters(), best.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_where_all_steps_were_made_none_is_added(make_trainer, tmp_path, capsys):
     """Two steps of an epoch of four; whatever else a run restores at its start is restored."""
 
@@ -208,6 +236,7 @@ def test_where_all_steps_were_made_none_is_added(make_trainer, tmp_path, capsys)
     for ours, theirs in zip(again.model.parameters(), first.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert [e["step"] for e in again.state.log_history if "reward" in e] == [1, 2]
+    assert not again.is_in_train
     more = make_trainer(**options | {"max_steps": 3})
     train_or_say_why(more, lambda: more.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
     assert more.state.global_step == 3

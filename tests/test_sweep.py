@@ -77,7 +77,7 @@ def test_another_recipe_or_a_config_that_was_edited_is_refused(recipe, tmp_path)
         run_all([run], folder, CPU)
         assert run_all([run], folder, CPU) == []
     config.write_text("beta: 2\n")
-    with pytest.raises(ValueError, match=r"holds a run with other content in .*some.yaml"):
+    with pytest.raises(ValueError, match=r"holds a run with other content in its --config \(.*some.yaml\)"):
         run_all([run], folder, CPU)
     config.write_text("beta: 1\n")
     other = shutil.copy(recipe, tmp_path / "other.py")

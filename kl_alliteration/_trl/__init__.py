@@ -42,7 +42,7 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`, or `tests/test_grpo
 
 from trl import GRPOTrainer
 
-from .baseline import leave_baseline_out, spread_in_groups
+from .baseline import leave_baseline_out, spreads_in_groups
 from .engine import listen_to_engine
 from .grpo import GRPOSeam
 from .prefixes import partial_rewards, rewards_of_nothing, scores_prefixes
@@ -66,7 +66,7 @@ __all__ = [
     "rotary_by_length",
     "scores_prefixes",
     "seam_of",
-    "spread_in_groups",
+    "spreads_in_groups",
     "why_off_is_not_the_base",
 ]
 

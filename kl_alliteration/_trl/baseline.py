@@ -1,6 +1,7 @@
 """A batch's rewards and their groups: weighted, their spread, and RLOO's advantages without the others' mean."""
 
 import torch
+from trl.trainer.utils import nanstd
 
 
 def leave_baseline_out(seam) -> None:
@@ -37,15 +38,22 @@ def group_size(trainer) -> int:
     return trainer.num_generations if trainer.model.training else trainer.num_generations_eval
 
 
-def spread_in_groups(trainer, values: torch.Tensor) -> float:
-    """Standard deviation of (B of all processes,) values about their groups' means; 0 where none is a number."""
-    groups = values.view(-1, group_size(trainer))
-    return (groups - groups.nanmean(1, keepdim=True)).square().nanmean().sqrt().nan_to_num(nan=0.0).item()
+def spreads_in_groups(seam) -> tuple[float, float]:
+    """Standard deviations about the means of groups, of the last penalty and of the rewards; 0 where none applies."""
+    trainer, batch = seam.trainer, seam.batch
+    found = []
+    for values in (trainer.accelerator.gather(batch.penalty), weighted(trainer, batch.rewards)):
+        groups = values.view(-1, group_size(trainer))
+        spread = (groups - groups.nanmean(1, keepdim=True)).square().nanmean().sqrt()
+        found.append(spread.nan_to_num(nan=0.0).item())
+    return tuple(found)
 
 
 def share_of_ties(trainer, rewards: torch.Tensor) -> float:
     """What TRL logs as `frac_reward_zero_std`, of (B of all processes, functions) rewards without a penalty."""
-    whole = getattr(trainer, "scale_rewards", "group") == "batch"
-    groups = weighted(trainer, rewards).view(-1, len(rewards) if whole else group_size(trainer))
-    spread = (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
+    rewards = weighted(trainer, rewards)
+    groups = rewards.view(
+        -1, group_size(trainer) if getattr(trainer, "scale_rewards", "") != "batch" else len(rewards)
+    )
+    spread = nanstd(groups, dim=1) if groups.shape[1] > 1 else torch.zeros_like(groups[:, 0])
     return spread.isclose(torch.zeros_like(spread)).float().mean().item()

@@ -63,10 +63,8 @@ class GRPOSeam(PenaltySeam):
     @property
     def on_policy(self) -> bool:
         """Whether TRL takes the loss's own log-probabilities for those of the policy that sampled."""
-        trainer, args = self.trainer, self.trainer.args
-        corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
-        updates = args.steps_per_generation * trainer.num_iterations
-        return args.gradient_accumulation_steps % updates == 0 and not corrected
+        corrected = self.trainer.use_vllm and self.trainer.vllm_importance_sampling_correction
+        return self.is_on_policy and not corrected
 
     def generate_and_score(self, inputs):
         if self.penalty is None and self.scorer.own_reference is not None and self.beta != 0:

@@ -31,11 +31,11 @@ def load_reference(trainer, model, path: str | None = None, on_cpu: bool = False
         raise ValueError("a reference on the CPU goes without DeepSpeed and FSDP, which shard it beside the policy")
     kwargs = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
     options = (trainer.args.model_init_kwargs or {}) | ({"device_map": None} if on_cpu else {})
-    if path is not None:
+    if path is not None and path != get_config_model_id(model.config):
         check_tokens(trainer, path)
         options = {name: value for name, value in options.items() if name not in OF_PATH}
     elif commit := getattr(model.config, "_commit_hash", None):
-        options["revision"] = options.get("revision") or commit
+        options["revision"] = commit
     path = path or get_config_model_id(model.config)
     if not path:
         raise ValueError(

@@ -103,8 +103,16 @@ class Seam:
     @property
     def batch_is_used_up(self) -> bool:
         """Whether a new generation batch comes next: a price that moved before would part its reward from its loss."""
-        args = self.trainer.args
-        return self.trainer._step % (args.steps_per_generation * self.trainer.num_iterations) == 0
+        return self.trainer._step % self.passes == 0
+
+    @property
+    def passes(self) -> int:  # micro-batches that a generation batch comes to
+        return self.trainer.args.steps_per_generation * self.trainer.num_iterations
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether a generation batch is within one update: the policy that learns of it is the one that sampled it."""
+        return self.trainer.args.gradient_accumulation_steps % self.passes == 0
 
     def charge(self, beta: float | None) -> None:
         """Let beta be what is asked for, times what rollbacks have come to."""
@@ -133,7 +141,6 @@ class Seam:
             observe(rollout)
 
     def checked(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss; `FloatingPointError` where it is no number."""
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()}")
         return loss

@@ -148,9 +148,6 @@ class KLHealthCallback(TrainerCallback):
     def observe(self, rollout: kl.Rollout | None) -> None:
         if rollout is None or not self.trainer.model.training:
             return
-        if self.trainer.state.global_step == 0 and self.log.step == 0:  # a log may begin when the policy has moved
-            kl_per_token = self.seam.mean_per_token(rollout.ref_log_ratio, rollout.completion_mask)
-            self.say(look(Log([{"step": 1, "kl": kl_per_token}])))
         sums = kl.reduce_per_sequence(rollout.ref_log_ratio, rollout.completion_mask, "sum")
         sums = self.trainer.accelerator.gather(sums)  # (B of all,)
         place = sums.abs().argmax().item()  # of one that is not a number, where there is one
@@ -160,6 +157,9 @@ class KLHealthCallback(TrainerCallback):
             self.furthest = value, text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
         if not torch.isfinite(sums).all():  # the loss will not be, and then nothing is logged any more
             self.say([Finding("not_finite", self.trainer.state.global_step, f"kl of a text {value}")])
+        elif self.trainer.state.global_step == 0 and self.log.step == 0:  # a log may begin when the policy has moved
+            kl_per_token = self.seam.mean_per_token(rollout.ref_log_ratio, rollout.completion_mask)
+            self.say(look(Log([{"step": 1, "kl": kl_per_token}])))
 
     @property
     def examined(self) -> Examined:

@@ -87,10 +87,9 @@ def spread(values: list[float]) -> str:
     """Mean, and smallest to largest where they differ, to three digits."""
     if not values:
         return "-"
-    mean, low, high = (
-        f"{value:.{0 if abs(value) >= 99.5 else 1 if abs(value) >= 9.95 else 2 if abs(value) >= 0.0995 else 4}f}"
-        for value in (statistics.fmean(values), min(values), max(values))
-    )
+    size = max(map(abs, values))
+    digits = 0 if size >= 99.5 else 1 if size >= 9.95 else 2 if size >= 0.0995 or size == 0 else 4
+    mean, low, high = (f"{value:.{digits}f}" for value in (statistics.fmean(values), min(values), max(values)))
     return mean if low == high else f"{mean} ({low} to {high})"
 
 

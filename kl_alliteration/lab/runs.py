@@ -116,20 +116,30 @@ def write_record(folder: Path, **changes) -> None:
 
 
 def what_is_sampled(args, model_name_or_path: str) -> dict:
-    """By which model, to which prompts, and for which rewards."""
-    names = ("adapter_name_or_path", "reward_funcs", "reward_model_name_or_path", "dataset_name", "prompt")
-    return {"model": model_name_or_path} | {name: getattr(args, name, None) for name in names}
+    """By which model, to which prompts, and for which rewards; a local file of prompts with its size and time."""
+    names = ["adapter_name_or_path", "reward_funcs", "reward_model_name_or_path", "prompt"]
+    names += ["dataset_name", "dataset_config", "dataset_train_split"]
+    facts = {"model": model_name_or_path} | {name: getattr(args, name, None) for name in names}
+    return facts | {"dataset_mark": mark_of(Path(args.dataset_name)) if args.dataset_name else None}
 
 
 def made_of(folder: Path, name: str, facts: dict) -> bool:
-    """Whether what a run last wrote under this name was made of the same `facts`."""
-    return read_record(folder).get("made_of", {}).get(name) == json.loads(json.dumps(facts, default=str))
+    """Whether what a run last wrote under this name was made of the same `facts`.
+
+    Of an earlier version's file that is not known: where the folder has a checkpoint, it is taken for the run's own.
+    """
+    kept = read_record(folder).get("made_of", {}).get(name)
+    return last_checkpoint(folder) is not None if kept is None else kept == plain(facts)
+
+
+def plain(facts: dict) -> dict:
+    """As JSON has it, to be compared with what was read."""
+    return json.loads(json.dumps(facts, default=str))
 
 
 def note_what_of(folder: Path, name: str, facts: dict) -> None:
     """Note what a file is made of, for [`made_of`]."""
-    facts = json.loads(json.dumps(facts, default=str))
-    write_record(folder, made_of=read_record(folder).get("made_of", {}) | {name: facts})
+    write_record(folder, made_of=read_record(folder).get("made_of", {}) | {name: plain(facts)})
 
 
 def mark_of(path: Path) -> list[int] | None:
@@ -164,7 +174,7 @@ def check_folder(folder: Path, adapter: bool) -> None:
 
 def begin_record(folder: Path, anew: bool) -> None:
     """A run begins here, from a checkpoint or anew: what the run before left when it was over is not of it."""
-    for name in (*RESULTS, *(["health.json"] if anew else [])):
+    for name in (*RESULTS, *(["health.json"] if anew else [])) if read_record(folder) else ():  # a run was here
         Path(folder, name).unlink(missing_ok=True)
     there = {path.name: mark_of(path / "trainer_state.json") for path in checkpoints(folder).values()}
     if anew and (there or read_record(folder)):  # whose checkpoints are not its own

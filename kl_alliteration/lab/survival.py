@@ -82,7 +82,8 @@ class TerminationCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.asked |= self.accelerator.check_trigger()
-        if self.asked and (self.seam is None or self.seam.batch_is_used_up):
+        last = control.should_training_stop or state.global_step >= state.max_steps
+        if self.asked and (last or self.seam is None or self.seam.batch_is_used_up):
             self.terminated = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -128,6 +129,10 @@ def train_or_say_why(trainer, train) -> None:
     except NothingLeft:
         if trainer.is_world_process_zero():
             print(f"All {trainer.state.global_step} steps were made: nothing is left to train")
+        # What the trainer does behind its last step.
+        trainer.is_in_train = False
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+            trainer._load_best_model()
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
     except (Exception, KeyboardInterrupt) as error:
         cause = str(error) if isinstance(error, TrainingStopped) else f"{type(error).__name__}: {error}"

@@ -116,16 +116,16 @@ def end_orphan(folder: Path) -> None:
 def check_same_run(run: Run, folder: Path) -> None:
     """`ValueError` where the folder is that of a run of another kind, which would pass for this one."""
     try:
-        left = json.loads((folder / "process.json").read_text())
-    except (OSError, ValueError):
+        left = dict(json.loads((folder / "process.json").read_text()))
+    except (OSError, ValueError, TypeError):
         return
-    for name, ours in run.made_of.items():
-        theirs = left.get(name, ours)  # earlier versions kept less
-        if theirs != ours:
-            what = {"asked": f"options ({' '.join(left['asked'])})", "recipe": f"recipe ({theirs})"}.get(
-                name, f"content in {' '.join(theirs) or 'its --config'}"
+    for name, words in (("asked", "options"), ("recipe", "recipe"), ("config", "content in its --config")):
+        ours, theirs = run.made_of[name], left.get(name)
+        if theirs not in (None, ours):  # earlier versions kept less
+            said = theirs if isinstance(theirs, str) else " ".join(theirs)  # of files their names
+            raise ValueError(
+                f"{folder} holds a run with other {words} ({said}): name another folder, or delete that one"
             )
-            raise ValueError(f"{folder} holds a run with other {what}: name another folder, or delete that one")
 
 
 def run_all(
