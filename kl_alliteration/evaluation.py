@@ -197,7 +197,7 @@ def ask_reward(reward, rows: list[dict], completions: list, completion_ids: list
     parameters = inspect.signature(reward).parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         columns = {each.name: columns[each.name] for each in parameters if each.name in columns}
-    asked = {"prompts": [row["prompt"] for row in rows], "completions": completions} | columns
+    asked = columns | {"prompts": [row["prompt"] for row in rows], "completions": completions}  # no column's
     if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(reward.__call__):
         raise ValueError("reward: an asynchronous one is a trainer's to ask; give a function that returns the rewards")
     answer = list(reward(**asked))

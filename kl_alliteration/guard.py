@@ -87,7 +87,7 @@ class CollapseGuardCallback(TrainerCallback):
         if not trainer.model.training:
             return
         _, completions, _ = last_completions(trainer)
-        texts = [text.as_text(completion) for completion in completions]
+        texts = [text.answer_of(completion) for completion in completions]
         seen = {
             "different_share": text.different_share(texts),
             "distinct_2": (distinct_2 := text.distinct_n(texts, 2)),

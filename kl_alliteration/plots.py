@@ -14,9 +14,10 @@ from transformers import TrainerCallback
 
 from . import kl
 from ._trl import last_completions, seam_of
-from .text import as_text
+from .text import answer_of
 
 CLUSTERS = 100
+TEXTS_OF_A_CLUSTER = 4  # different ones, at least in the mean
 UNSEEN = 0.5  # samples that a plot of the reference is taken to have had beside those that it had (Jeffreys)
 
 
@@ -47,13 +48,27 @@ class Plots:
 
     @classmethod
     def of_clusters(cls, texts: list[str], clusters: int = CLUSTERS, seed: int = 0) -> "Plots":
-        """By k-means of the texts' words, weighted by tf-idf: what tells the same story in other words is one plot."""
+        """By k-means of the texts' words, weighted by tf-idf: what tells the same story in other words is one plot.
+
+        At most `clusters`, and one for every four different texts.
+
+        Raises:
+            `ValueError`: for texts that no word tells apart.
+        """
         from sklearn.cluster import KMeans
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, max_df=0.5)
-        words = vectorizer.fit_transform(texts)
-        found = KMeans(min(clusters, len(texts)), n_init=3, random_state=seed).fit(words)
+        try:
+            words = vectorizer.fit_transform(texts)
+        except ValueError as error:  # which no user can know what to do about
+            raise ValueError(
+                f"plots: {len(texts)} texts have no words by which some of them could be told from others "
+                f"({str(error).rstrip('.')}); leave plots out"
+            ) from None
+        # Of fewer texts than that each would be a plot of its own.
+        clusters = max(1, min(clusters, len(set(texts)) // TEXTS_OF_A_CLUSTER))
+        found = KMeans(clusters, n_init=3, random_state=seed).fit(words)
         return cls(vectorizer, found, found.n_clusters)
 
     def label(self, texts: list[str]) -> list[int]:
@@ -133,7 +148,7 @@ class PlotPenalty:
             warnings.warn("a PlotPenalty charges nothing before penalty.attach(monitor)", kl.KLWarning, stacklevel=2)
         if monitor is None or not monitor.trainer.model.training:
             return [None] * len(completions)
-        labels = monitor.plots.label([as_text(completion) for completion in completions])
+        labels = monitor.plots.label([answer_of(completion) for completion in completions])
         told = deque([*monitor.labels, *labels], maxlen=monitor.labels.maxlen)
         counts, total = Counter(told), len(told) + UNSEEN * monitor.plots.plots
         return [-self.price * math.log((counts[k] + UNSEEN) / total / self.ref_shares[k]) for k in labels]
@@ -170,7 +185,7 @@ class PlotMonitorCallback(TrainerCallback):
         if not self.trainer.model.training:
             return
         batch = self.trainer.args.generation_batch_size
-        texts = [as_text(completion) for completion in last_completions(self.trainer)[1][-batch:]]
+        texts = [answer_of(completion) for completion in last_completions(self.trainer)[1][-batch:]]
         self.labels.extend(self.plots.label(texts))
         found, metrics = PlotCount.of(list(self.labels), self.ref_labels, self.plots.plots), self.seam.metrics
         metrics["plots/effective"].append(found.effective_plots)

@@ -19,6 +19,13 @@ def as_text(prompt_or_completion) -> str:
     return " ".join(part.get("text") or "" for content in parts for part in content)
 
 
+def answer_of(completion) -> str:
+    """A completion's text, of what the policy wrote: plain text, or its own messages, without those of tools."""
+    if isinstance(completion, str):
+        return completion
+    return as_text([message for message in completion if message.get("role", "assistant") == "assistant"])
+
+
 def as_dialogue(prompt) -> str:
     """A prompt as a person reads it, before its completion: a conversation as its turns, a line each."""
     if isinstance(prompt, str):
@@ -29,7 +36,7 @@ def as_dialogue(prompt) -> str:
 def full_text(prompt, completion) -> str:
     """Prompt and completion as one text; a conversation's turns are separate words."""
     separator = "" if isinstance(prompt, str) and isinstance(completion, str) else " "
-    return as_text(prompt) + separator + as_text(completion)
+    return as_text(prompt) + separator + answer_of(completion)
 
 
 def first_letter(word: str) -> str:

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from kl_alliteration import judge
+from kl_alliteration.evaluation import ask_reward
 
 PROMPTS = ["once upon a time", "there was"] * 20
 
@@ -100,6 +101,14 @@ def test_a_reward_that_is_infinite_has_no_spread(model, tokenizer):
 
     judged = judge(model, tokenizer, PROMPTS, endless, max_new_tokens=3)
     assert judged.reward_mean == -math.inf and math.isnan(judged.reward_std)
+
+
+def test_no_column_takes_the_place_of_what_was_sampled():
+    def length(prompts, completions, **columns):
+        return [float(len(completion)) for completion in completions]
+
+    rows = [{"prompt": "a", "completions": "a column of that name", "prompts": "b"}]
+    assert ask_reward(length, rows, ["four"], [[1]]) == [4.0]
 
 
 def test_what_nobody_can_judge_is_said(model, tokenizer):

@@ -13,7 +13,7 @@ from programs import run
 from trl import RLOOConfig, RLOOTrainer
 
 from kl_alliteration.lab import runs
-from kl_alliteration.lab.refusals import check_rotation
+from kl_alliteration.lab.refusals import check_rotation, check_trainer_options
 from kl_alliteration.lab.run import run_training, save_final
 from kl_alliteration.lab.runs import as_json, begin_record, check_folder, checkpoints, last_checkpoint, read_metrics
 from kl_alliteration.lab.survival import TrainingStopped
@@ -150,6 +150,13 @@ def test_a_file_that_was_changed_since_is_no_longer_ours(tmp_path):
         check_folder(tmp_path, adapter=False)
     runs.remove_ours(tmp_path, "adapter_config.json")
     assert (tmp_path / "adapter_config.json").exists()
+
+
+def test_nothing_is_saved_over_the_adapter_that_it_starts_from(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    args = RLOOConfig(output_dir=str(tmp_path / "adapter"), report_to="none", use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="adapter' is the model that the run starts from: name another folder"):
+        check_trainer_options(args, ["model", str(tmp_path / "other/../adapter")], adapter=True)
 
 
 def test_a_limit_of_checkpoints_that_would_delete_another_s(tmp_path):

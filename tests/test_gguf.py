@@ -1,6 +1,7 @@
 """A GGUF file in the place of a model: made a folder once, trained on, and what is said where it is none."""
 
 import json
+import os
 import sys
 from importlib.metadata import PackageNotFoundError
 
@@ -52,6 +53,12 @@ def test_it_is_converted_once_and_whole(file, tmp_path, capsys, monkeypatch):
     as_folder(str(file))
     assert capsys.readouterr().out == "" and (tmp_path / "tiny/model.safetensors").stat().st_mtime_ns == made
     assert as_folder("user/model") == "user/model"
+    as_folder(str(file), hub_id="user/base")
+    assert json.loads((tmp_path / "tiny/origin.json").read_text())["hub_id"] == "user/base"
+    assert (tmp_path / "tiny/model.safetensors").stat().st_mtime_ns == made
+    os.utime(file, ns=(made + 10**9, made + 10**9))  # another export, of the same size
+    with pytest.raises(ValueError, match="is there and was not made of tiny.gguf: move it away"):
+        as_folder(str(file))
 
     def killed(*_):
         raise KeyboardInterrupt

@@ -77,7 +77,11 @@ def test_labels_and_clusters_of_stories_whose_plot_is_known():
     found = Plots.of_clusters(texts, 30).label(fresh)
     agree = [(found[i] == found[j]) == (known[i] == known[j]) for i in range(240) for j in range(i)]
     assert sum(agree) / len(agree) > 0.97
-    assert Plots.of_clusters(texts[:5], 30).plots == 5 and named.label([]) == []
+    assert Plots.of_clusters(texts[:2] * 50, 30).plots == 1  # of two different ones
+    for none in (["once upon a time"] * 50, [""] * 50, ["a story"]):
+        with pytest.raises(ValueError, match=f"plots: {len(none)} texts have no words by .* leave plots out"):
+            Plots.of_clusters(none)
+    assert Plots.of_clusters(texts[:20], 30).plots == 5 and named.label([]) == []
 
 
 class ByLength(Plots):

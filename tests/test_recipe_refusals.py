@@ -25,6 +25,11 @@ def refusal(*options, cwd: Path, recipe: str = RECIPE) -> str:
     [
         (["--bta", "0.1"], "unknown option --bta; did you mean --beta?"),
         (["--kl_estimator", "k4"], "kl_estimator must be one of k1, k2, k3, abs, exact, top_k, got 'k4'"),
+        (["--beta_unit", "study", "--kl_reduction", "mean"], "beta_unit 'study' is per nat of a mean already"),
+        (
+            ["--model_name_or_path", "m.gguf", "--output_dir", "./m"],
+            "output_dir: 'm' is the model that the run starts",
+        ),
         (["--kl_reduction", "max"], "kl_reduction must be one of sum, mean, got 'max'"),
         (["--kl_estimator", "top_k", "--kl_top_k", "0"], "kl_top_k must be >= 1, got 0"),
         (["--kl_placement", "top"], "kl_placement must be one of reward, loss, both, got 'top'"),

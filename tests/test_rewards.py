@@ -64,6 +64,8 @@ def test_worked_by_hand(text, options, expected):
         ("phone fox", 1),
         ("the tall", 0),  # DH and T
         ("one was", 1),  # W and W
+        ("one’s was", 1),  # as language models write it
+        ("hour-long hours", 1),  # AW and AW
         ('"Knight, night!', 1),
         ("phlorbix fox", 1),  # not in the dictionary: by its spelling
         ("-- --", 0),

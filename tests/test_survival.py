@@ -124,6 +124,14 @@ def test_a_kl_beyond_the_limit(make_trainer):
     assert 0 < trainer.state.global_step < 50
 
 
+def test_a_kl_beyond_the_limit_at_beta_zero_too(make_trainer):
+    """Where no reference is scored, nor loaded, unless somebody asks."""
+    trainer = make_trainer(max_steps=50, learning_rate=0.1, beta=0.0)
+    stop_beyond(trainer, 0.5)
+    with pytest.raises(TrainingStopped, match="nats per sequence, beyond kl_limit"):
+        train_or_say_why(trainer, trainer.train)
+
+
 def test_an_evaluation_beyond_the_limit_stops_nothing(make_trainer):
     trainer = make_trainer()
     with torch.no_grad():

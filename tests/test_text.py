@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from kl_alliteration import alliteration_reward
 from kl_alliteration.text import (
+    answer_of,
     as_dialogue,
+    as_text,
     compression_ratio,
     count_alliterations,
     different_share,
@@ -96,3 +98,13 @@ def test_a_conversation_is_shown_by_its_turns():
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
     assert as_dialogue(turns) == "system: Be brief.\nuser: Hi\nassistant: "
     assert as_dialogue("Once upon a time") == "Once upon a time"
+
+
+def test_the_answer_is_what_the_policy_wrote():
+    told = [
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "tool", "content": "tall tiny trees"},
+        {"role": "assistant", "content": [{"type": "text", "text": "trim"}]},
+    ]
+    assert answer_of(told).split() == ["trim"] and answer_of("a text") == "a text"
+    assert as_text(told).split() == ["tall", "tiny", "trees", "trim"]

@@ -25,7 +25,7 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`, or `tests/test_grpo
   the reference's after it and before `_calculate_rewards`, whose columns are summed by `reward_weights` as it then is;
   `scale_rewards` divides by `nanstd` + 1e-4; the loss at beta 0 leaves its KL out, and divides by `loss_type`;
   its advantages may be (B, T), which `tests/test_reward_to_go.py` guards.
-- `_load_from_checkpoint(checkpoint)`, of transformers, brings model or adapters back.
+- `_load_from_checkpoint(checkpoint)`, of transformers, brings model or adapters back, `_load_best_model()` the best.
 - `_tokenize_prompts(prompts)[0]`, `_calculate_rewards(inputs, prompts, completions, completion_ids)`, which gives
   (B of all processes, functions), `_pending_metrics`, `_pending_extra_logs`, and `trl.data_utils._tokenize` are what
   `asking.py` uses, and `prefixes.py` of prefixes, decoded with `skip_special_tokens` as in `_generate`;
@@ -42,6 +42,7 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`, or `tests/test_grpo
 
 from trl import GRPOTrainer
 
+from .asking import end_training
 from .baseline import leave_baseline_out, spreads_in_groups
 from .engine import listen_to_engine
 from .grpo import GRPOSeam
@@ -55,6 +56,7 @@ __all__ = [
     "Seam",
     "UnknownTRLError",
     "drops",
+    "end_training",
     "forget_batches",
     "last_completions",
     "last_reward_std",

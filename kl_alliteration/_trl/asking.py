@@ -58,3 +58,11 @@ def rewards_of(trainer, rows: list[dict], completions: list, completion_ids: lis
 def total_rewards(trainer, rows: list[dict], completions: list, completion_ids: list[list[int]]) -> list[float]:
     """(B,) of those, weighted, summed and clipped as the trainer does; NaN where none applies."""
     return weighted(trainer, rewards_of(trainer, rows, completions, completion_ids)).tolist()
+
+
+def end_training(trainer) -> None:
+    """What `train` does behind its last step, where there was none to make."""
+    trainer.is_in_train = False
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        trainer._load_best_model()
+    trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)

@@ -17,7 +17,7 @@ from .. import kl
 from .._trl import drops, last_completions, seam_of
 from ..references import MovingAverageReferenceCallback, ResetReferenceCallback
 from ..sampling_options import changes_of_sampling
-from ..text import as_text
+from ..text import answer_of
 from .log import Log, read_entries
 from .symptoms import SYMPTOMS, Symptom
 
@@ -153,7 +153,7 @@ class KLHealthCallback(TrainerCallback):
         place = sums.abs().argmax().item()  # of one that is not a number, where there is one
         value = sums[place].item()
         if self.furthest is None or not abs(value) <= abs(self.furthest[0]):
-            text = as_text(last_completions(self.trainer)[1][-len(sums) :][place])
+            text = answer_of(last_completions(self.trainer)[1][-len(sums) :][place])
             self.furthest = value, text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
         if not torch.isfinite(sums).all():  # the loss will not be, and then nothing is logged any more
             self.say([Finding("not_finite", self.trainer.state.global_step, f"kl of a text {value}")])

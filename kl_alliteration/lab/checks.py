@@ -45,7 +45,8 @@ def check_options(args: StoryArguments, training_args, model_args) -> None:
     if isinstance(args, PairArguments):
         check_pair_options(args)
     adapter = bool(model_args.use_peft or args.adapter_name_or_path)
-    check_trainer_options(training_args, model_args.model_name_or_path, adapter)
+    starts_from = [model_args.model_name_or_path, *filter(None, [args.adapter_name_or_path])]
+    check_trainer_options(training_args, starts_from, adapter)
     if training_args.push_to_hub:
         check_hub(training_args)
 
@@ -129,6 +130,8 @@ def check_pair_options(args: PairArguments) -> None:
     if not 1 <= args.pairs_per_group <= args.group_size // 2:
         raise ValueError(f"pairs_per_group must be from 1 to half of group_size, got {args.pairs_per_group}")
     check_sampling(args)
+    if args.eval_dataset_name is not None:
+        raise ValueError("eval_dataset_name: DPO is judged on the prompts of its pairs: leave it out")
     if args.pairs_from is not None and not Path(args.pairs_from).is_file():
         raise ValueError(f"pairs_from: there is no file {args.pairs_from!r}")
 

@@ -52,11 +52,16 @@ def as_folder(name: str, into: str | Path | None = None, hub_id: str | None = No
     if not path.is_file():
         raise ValueError(f"model_name_or_path: there is no file {name!r}")
     folder = path.with_suffix("") if into is None else Path(into)
-    made = {"file": path.name, "bytes": path.stat().st_size, "hub_id": hub_id}
+    found = path.stat()
+    made = {"file": path.name, "bytes": found.st_size, "written": found.st_mtime_ns, "hub_id": hub_id}
     with PartialState().main_process_first():
         known = read_origin(folder)
-        if any(known.get(name) != made[name] for name in ("file", "bytes")):
+        # Another export of one model has the same size. Earlier versions did not keep when it was written.
+        same = known.get("written", made["written"]) == made["written"]
+        if not same or any(known.get(name) != made[name] for name in ("file", "bytes")):
             convert(path, folder, made)
+        elif hub_id and known.get("hub_id") != hub_id:
+            (folder / ORIGIN).write_text(json.dumps(known | {"hub_id": hub_id}) + "\n", encoding="utf-8")
     return str(folder)
 
 

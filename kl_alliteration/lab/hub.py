@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ..adapters import EMBEDDED, check_agreement, load_adapter, probe, read_origin
 from ..evaluation import Judgement
+from ..story_lm import MODEL_PATH
 from .pages import TEMPLATES, escaped, quoted
 
 # Checkpoints have their own places on the Hub (hub_strategy), and nobody should have to unpickle options.
@@ -60,6 +61,8 @@ def write_card(folder: Path, trainer, penalty: str, rewards: list[str], before: 
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapter = isinstance(model, PeftModel)
     base = model.peft_config["default"].base_model_name_or_path if adapter else model.config.name_or_path
+    if base and Path(base).is_dir() and Path(base).samefile(MODEL_PATH):  # a whole model's is a path
+        base = EMBEDDED
     on_hub = bool(base) and base != EMBEDDED and not Path(base).is_dir()
     data = ModelCardData(
         base_model=base if on_hub else None,

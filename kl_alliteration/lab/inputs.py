@@ -171,7 +171,7 @@ def check_lengths(rows: list[dict], tokenize, tokenizer, model_args, training_ar
     size = {}  # of one of each prompt; the longest texts have the most tokens, or nearly
     for row, prompt in enumerate(rows, start=1):
         size.setdefault(as_text(prompt["prompt"]), row)
-    longest = sorted(size, key=len, reverse=True)[:50]
+    longest = sorted(size, key=lambda text: len(text.encode()), reverse=True)[:50]
     try:
         tokens = tokenize([rows[size[text] - 1] for text in longest])
     except Exception as error:  # of a template, which is a program of its own

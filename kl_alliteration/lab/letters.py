@@ -35,8 +35,10 @@ def main():
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--stories", type=int, default=1_000)
     parser.add_argument("--max_new_tokens", type=int, default=100)
-    parser.add_argument("--output", type=Path, default=LETTER_SHARES)
+    parser.add_argument("--output", type=Path, help="default: letters.json; of the embedded model, the package's own")
     args = parser.parse_args()
+    if args.output is None:  # the package's is what `rare_letter_alliteration` is made of
+        args.output = LETTER_SHARES if args.model_name_or_path == str(MODEL_PATH) else Path("letters.json")
     if args.stories < 1:
         raise ValueError(f"stories must be >= 1, got {args.stories}")
     folder = as_folder(args.model_name_or_path)

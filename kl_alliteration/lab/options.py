@@ -256,6 +256,10 @@ class OnlineArguments(StoryArguments):
         except ValueError as error:  # which names the penalty's field: the option is that with a prefix
             raise ValueError(f"kl_{error}") from None
         kl.check_choice("beta_unit", self.beta_unit, BETA_UNITS)
+        if self.beta_unit == "study" and self.kl_reduction == "mean":
+            raise ValueError(
+                "beta_unit 'study' is per nat of a mean already, which kl_reduction 'mean' takes once more"
+            )
         kl.check_choice("baseline", self.baseline, BASELINES)
 
 

@@ -132,8 +132,17 @@ def without_added_ends(tokenized: Dataset, max_completion_length: int) -> Datase
     """A `DPOTrainer`'s own pairs, no completion of more tokens than were sampled.
 
     TRL ends every completion with an end of text, also one that was cut off at `max_completion_length`.
+
+    Raises:
+        `ValueError`: for a completion that is longer, of a file of pairs.
     """
     sides = ("chosen_ids", "rejected_ids")
+    tokens = max(len(ids) for side in sides for ids in tokenized[side])
+    if tokens > max_completion_length + 1:
+        raise ValueError(
+            f"max_completion_length {max_completion_length}: a completion of the pairs has {tokens} tokens, and would "
+            "be cut; give the length that they were sampled with"
+        )
     return tokenized.map(lambda row: {side: row[side][:max_completion_length] for side in sides})
 
 

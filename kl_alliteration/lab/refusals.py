@@ -12,15 +12,17 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from .runs import check_folder, checkpoints
 
 
-def check_trainer_options(training_args, model_path: str, adapter: bool) -> None:
-    """Everything below, and that the model which is trained is not saved over the one that it starts from."""
+def check_trainer_options(training_args, starts_from: list[str], adapter: bool) -> None:
+    """Everything below, and that what is trained is not saved over the model, or the adapter, that it starts from."""
     check_sampling(training_args)
     check_scheduler(training_args)
     check_reports(training_args)
-    check_vllm(training_args, model_path)
+    check_vllm(training_args, starts_from[0])
     folder = Path(training_args.output_dir)
-    if folder.is_dir() and Path(model_path).is_dir() and folder.samefile(model_path):
-        raise ValueError(f"output_dir: {str(folder)!r} is the model that the run starts from: name another folder")
+    for path in map(Path, starts_from):
+        path = path.with_suffix("") if path.suffix == ".gguf" else path  # which is converted into that folder
+        if folder.absolute() == path.absolute() or (folder.is_dir() and path.is_dir() and folder.samefile(path)):
+            raise ValueError(f"output_dir: {str(folder)!r} is the model that the run starts from: name another folder")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir: {str(folder)!r} is a file: name a folder")
     check_folder(folder, adapter)

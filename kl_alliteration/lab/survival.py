@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from .._trl import UnknownTRLError, seam_of
+from .._trl import UnknownTRLError, end_training, seam_of
 from ..kl import Rollout
 from .runs import checkpoints, is_complete, last_checkpoint, remember, remove_ours
 from .secrets import hide
@@ -99,6 +99,8 @@ class TerminationCallback(TrainerCallback):
 def stop_beyond(trainer, kl_per_sequence: float) -> None:
     """Stop a trainer at the first generation batch whose mean log-ratio, in nats per sequence, passes a limit."""
     seam = seam_of(trainer)
+    if trainer.beta == 0:  # then TRL scores no reference, and a whole model has none
+        seam.scorer.need_reference_at_beta_zero()
 
     def observe(rollout: Rollout) -> None:
         if not trainer.model.training:
@@ -129,11 +131,7 @@ def train_or_say_why(trainer, train) -> None:
     except NothingLeft:
         if trainer.is_world_process_zero():
             print(f"All {trainer.state.global_step} steps were made: nothing is left to train")
-        # What the trainer does behind its last step.
-        trainer.is_in_train = False
-        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
-            trainer._load_best_model()
-        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        end_training(trainer)
     except (Exception, KeyboardInterrupt) as error:
         cause = str(error) if isinstance(error, TrainingStopped) else f"{type(error).__name__}: {error}"
         cause = "interrupted" if isinstance(error, KeyboardInterrupt) else cause

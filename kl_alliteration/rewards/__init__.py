@@ -9,7 +9,7 @@ from ..text import (
     FUNCTION_WORDS,
     Pair,
     alliterating_pairs,
-    as_text,
+    answer_of,
     bare,
     count_alliterations,
     first_letter,
@@ -81,6 +81,8 @@ class AlliterationReward:
         self.distinct, self.content, self.runs, self.saturate = distinct, content, runs, saturate
         self.letters = None if letters is None else frozenset(map(str.lower, letters))  # of `İ` that is no `i`
         self.letter_weights, self.per_100_words = letter_weights, per_100_words
+        if letter_weights is not None:  # letters are compared in lower case
+            self.letter_weights = {letter.lower(): worth for letter, worth in letter_weights.items()}
         self.at_least_words, self.completion_only = at_least_words, completion_only
         self.phonetic, self.strip_punctuation = phonetic, strip_punctuation
         if phonetic:
@@ -129,7 +131,7 @@ class AlliterationReward:
         TRL's `log_metric` and `log_extra`, where they are given, get what the texts alliterate on.
         """
         if self.completion_only:
-            texts = [as_text(completion) for completion in completions]
+            texts = [answer_of(completion) for completion in completions]
         else:
             texts = [full_text(p, c) for p, c in zip(prompts, completions, strict=True)]
         if log_metric is not None:

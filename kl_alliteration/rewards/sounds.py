@@ -3,6 +3,7 @@
 The dictionary is under the GPL, which is why it is not one of this package's own dependencies.
 """
 
+import re
 from functools import cache
 
 from ..text import bare
@@ -36,8 +37,8 @@ def first_sound(word: str) -> str:
     `knight` and `night` are `N`, `cycling` and `seven` are `S`. A word that the dictionary does not have goes by its
     spelling.
     """
-    word = bare(word).lower()
-    known = sounds().get(word)
+    word = bare(word).lower().replace("’", "'")
+    known = sounds().get(word) or sounds().get(re.split("['-]", word)[0])
     if known or not word:
         return known or ""
     return next((SPELLINGS[word[:n]] for n in (2, 1) if word[:n] in SPELLINGS), word[0].upper())
