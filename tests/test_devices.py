@@ -306,9 +306,10 @@ def test_the_monitor_counts_what_is_on_the_card(card, make_trainer):
     logged = []
     for device in (card, None):
         trainer.accelerator = SimpleNamespace(reduce=lambda t, *_: t, gather=lambda t: t)
-        seam.batch = SimpleNamespace(penalty=torch.ones(B, device=device))
+        rewards = torch.arange(float(B), device=device).view(B, 1)
+        seam.batch = SimpleNamespace(penalty=torch.ones(B, device=device), rewards=rewards)
+        trainer.num_generations = B
         trainer._metrics["train"].clear()
-        trainer._logs["rewards"]["reward"].extend([1.0, 2.0, 3.0, 4.0])
         monitor.observe(rollout_of(*scored(device)))
         logged.append({name: numbers[-1] for name, numbers in seam.metrics.items()})
     assert logged[0] == pytest.approx(logged[1]) and len(logged[0]) == 13

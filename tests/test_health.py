@@ -200,7 +200,7 @@ def test_a_start_apart_is_seen_however_seldom_is_logged(make_trainer):
 
 
 def test_a_first_text_that_is_no_number_is_named(make_trainer):
-    trainer = make_trainer()
+    trainer = make_trainer(max_steps=1)
     watching = KLHealthCallback(trainer)
     trainer.add_callback(watching)
     score = watching.seam._score_reference
@@ -211,9 +211,8 @@ def test_a_first_text_that_is_no_number_is_named(make_trainer):
         return scored
 
     watching.seam._score_reference = broken
-    with pytest.raises(FloatingPointError):
-        trainer.train()
-    (found,) = watching.findings
+    trainer.train()
+    found = watching.findings[0]
     assert found.symptom == "not_finite" and repr(list(trainer._logs["completion"])[3]) in found.seen
 
 

@@ -197,13 +197,13 @@ def save_final(trainer, below: str | None = None) -> None:
     """
     folder = Path(trainer.args.output_dir)
     unfinished = Path(broadcast_object_list([str(folder / f"_unfinished_{uuid.uuid4().hex[:8]}")])[0])
+    if trainer.is_world_process_zero():
+        if left := read_record(folder).get("unfinished"):  # of a run that was killed while it saved
+            shutil.rmtree(folder / left, ignore_errors=True)
+        write_record(folder, unfinished=unfinished.name)
     trainer.save_model(str(unfinished), _internal_call=True)  # else it would push at once
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        left = read_record(folder).get("unfinished")
-        if left:  # of a run that was killed while it saved
-            shutil.rmtree(folder / left, ignore_errors=True)
-        write_record(folder, unfinished=unfinished.name)
         if below is not None:
             save_stacked(below, str(unfinished), str(unfinished))
         made = [path for path in unfinished.iterdir() if path.is_file() and not is_theirs(folder / path.name)]
