@@ -4,9 +4,10 @@ from datetime import datetime
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kl_alliteration.lab.pairs import ranked, read_pairs, sample_pairs, write_pairs
+from kl_alliteration.lab.pairs import ranked, read_pairs, sample_pairs, without_added_ends, write_pairs
 
 RANKED = [(3.0, "c"), (1.0, "a"), (2.0, "b"), (2.0, "B"), (9.0, "d")]
 
@@ -74,3 +75,12 @@ def test_what_is_no_file_of_pairs(tmp_path, text, says):
     path.write_text(text)
     with pytest.raises(ValueError, match=f"pairs_from: .*{says}"):
         read_pairs(path)
+
+
+def test_completions_that_would_be_cut_are_refused_but_for_their_added_end():
+    def tokenized(*lengths):
+        return Dataset.from_dict({"chosen_ids": [[5] * n for n in lengths], "rejected_ids": [[6] * 2] * len(lengths)})
+
+    assert [len(ids) for ids in without_added_ends(tokenized(3, 5), 4)["chosen_ids"]] == [3, 4]
+    with pytest.raises(ValueError, match="max_completion_length 4: a completion of the pairs has 9 tokens"):
+        without_added_ends(tokenized(3, 9), 4)

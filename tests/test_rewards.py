@@ -234,3 +234,7 @@ def test_a_rate_over_a_length_by_hand():
     assert pickle.loads(pickle.dumps(rewards_of))([""], ["big bats"]) == [10]
     with pytest.raises(AttributeError):
         rewards.alliteration_in_0_words  # noqa: B018
+
+
+def test_letters_weights_go_by_the_letter_whatever_its_case():
+    assert AlliterationReward("mine", letter_weights={"T": 2.0}).score("tall tree, big bear") == 2
