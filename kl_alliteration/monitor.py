@@ -41,7 +41,7 @@ class KLMonitorCallback(TrainerCallback):
         warn_of_sampling(trainer, "exact" if exact else "k1", seam_of(trainer).is_as_sampled)
         listen_to_engine(self.seam)
         self.seam.observers.append(self.observe)
-        self.seam.watch_rollout_policy = not self.seam.is_on_policy
+        self.seam.watch_rollout_policy = not self.seam.is_one_update
 
     def observe(self, rollout: kl.Rollout) -> None:
         accelerator, metrics, mask = self.trainer.accelerator, self.seam.metrics, rollout.completion_mask

@@ -138,7 +138,8 @@ def test_an_evaluation_beyond_the_limit_stops_nothing(make_trainer):
         for parameter in trainer.model.parameters():
             parameter.add_(torch.randn_like(parameter))
     stop_beyond(trainer, 1e-3)
-    trainer.evaluate(trainer.train_dataset.select(range(4)))
+    found = trainer.evaluate(trainer.train_dataset.select(range(4)))
+    assert found["eval_kl"] > 1e-3  # nats per token, and so beyond it
 
 
 def test_a_loss_that_is_no_number(make_trainer):
@@ -170,44 +171,31 @@ def test_ctrl_c(make_trainer):
     assert e.value.status == 130 and signal.getsignal(signal.SIGTERM) is before
 
 
+class Cluster(TrainerCallback):
+    """Sends SIGTERM in the step after so many."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_signal_is_only_caught_while_training(make_trainer):
     before = signal.getsignal(signal.SIGTERM)
     trainer = make_trainer(max_steps=4)
-
-    class Cluster(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    trainer.add_callback(Cluster())
+    trainer.add_callback(Cluster(1))
     with pytest.raises(Terminated, match="SIGTERM at step 2; the last good checkpoint is .*checkpoint-2"):
         train_or_say_why(trainer, trainer.train)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_signal_waits_for_the_last_update_of_a_batch(make_trainer):
-    trainer = make_trainer(max_steps=6, num_iterations=2)
-
-    class Cluster(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    trainer.add_callback(Cluster())
-    with pytest.raises(Terminated, match="SIGTERM at step 4; the last good checkpoint is .*checkpoint-4"):
-        train_or_say_why(trainer, trainer.train)
-
-
-def test_a_signal_in_a_batch_that_is_never_used_up_saves_at_the_end(make_trainer):
-    trainer = make_trainer(max_steps=3, num_iterations=2)
-
-    class Cluster(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    trainer.add_callback(Cluster())
-    with pytest.raises(Terminated, match="SIGTERM at step 3; the last good checkpoint is .*checkpoint-3"):
+@pytest.mark.parametrize(("max_steps", "saved"), [(6, 4), (3, 3)])  # the second's last batch is never used up
+def test_a_signal_waits_for_the_last_update_of_a_batch(make_trainer, max_steps, saved):
+    trainer = make_trainer(max_steps=max_steps, num_iterations=2)
+    trainer.add_callback(Cluster(2))
+    with pytest.raises(Terminated, match=f"SIGTERM at step {saved}; the last good checkpoint is .*checkpoint-{saved}"):
         train_or_say_why(trainer, trainer.train)
 
 

@@ -64,7 +64,7 @@ class GRPOSeam(PenaltySeam):
     def on_policy(self) -> bool:
         """Whether TRL takes the loss's own log-probabilities for those of the policy that sampled."""
         corrected = self.trainer.use_vllm and self.trainer.vllm_importance_sampling_correction
-        return self.is_on_policy and not corrected
+        return self.is_one_update and not corrected
 
     def generate_and_score(self, inputs):
         if self.penalty is None and self.scorer.own_reference is not None and self.beta != 0:

@@ -110,7 +110,7 @@ class Seam:
         return self.trainer.args.steps_per_generation * self.trainer.num_iterations
 
     @property
-    def is_on_policy(self) -> bool:
+    def is_one_update(self) -> bool:
         """Whether a generation batch is within one update: the policy that learns of it is the one that sampled it."""
         return self.trainer.args.gradient_accumulation_steps % self.passes == 0
 
