@@ -29,6 +29,7 @@ from kl_alliteration.lab.checks import check_model_path
 from kl_alliteration.lab.figures import plot_frontier, read_run
 from kl_alliteration.lab.gguf import as_folder
 from kl_alliteration.lab.inputs import load_prompts
+from kl_alliteration.lab.runs import check_yardstick
 from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.sampling import use_fast_generate
 from kl_alliteration.story_lm import MODEL_PATH, PROMPT
@@ -71,6 +72,10 @@ def main():
         raise ValueError(f"batch_size must be >= 1, got {args.batch_size}")
     (reward,) = load_rewards([args.reward_func])
     runs = [read_run(folder) for folder in args.runs]
+    sampled = {"reward_func": args.reward_func, "prompt": None if args.dataset_name else args.prompt}
+    sampled |= {name: getattr(args, name) for name in ("dataset_name", "temperature", "max_new_tokens")}
+    facts = {"model": Path(args.model_name_or_path).name, "sampled": sampled}
+    check_yardstick(facts, args.runs)
     set_seed(args.seed)
     path = as_folder(args.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(path).to(PartialState().device).eval()
@@ -100,18 +105,7 @@ def main():
     least = least_kl(rewards, [spread * 2 ** (i / 4) for i in range(-16, 17)], bootstraps=200)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "stories": rewards.numel(),
-        "model": Path(args.model_name_or_path).name,
-        "frontier": frontier,
-        "least_kl": least,
-    }
-    facts["sampled"] = {"reward_func": args.reward_func, "prompt": None if args.dataset_name else args.prompt}
-    facts["sampled"] |= {
-        "dataset_name": args.dataset_name,
-        "temperature": args.temperature,
-        "max_new_tokens": args.max_new_tokens,
-    }
+    facts |= {"stories": rewards.numel(), "frontier": frontier, "least_kl": least}
     facts["rewards"] = [[int(value) if value.is_integer() else value for value in row] for row in rewards.tolist()]
     text = ",\n".join(f'"{name}": {json.dumps(value, separators=(",", ":"))}' for name, value in facts.items())
     (folder / "frontier.json").write_text(f"{{\n{text}\n}}\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, HfArgumentParser
 from kl_alliteration.adapters import check_fraction
 from kl_alliteration.lab.figures import plot_frontier, read_run
 from kl_alliteration.lab.judging import judge_run, load_run
+from kl_alliteration.lab.runs import read_yardsticks
 from kl_alliteration.lab.survival import one_line_errors
 
 COLUMNS = {
@@ -65,7 +66,7 @@ def main():
         check_fraction(fraction)
     if args.keep is not None:
         return save(args)
-    known = json.loads(Path(args.frontier).read_text(encoding="utf-8")) if args.frontier else {}
+    best, least = read_yardsticks(args.frontier, [Path(args.run)])
     try:
         trained = [read_run(args.run) | {"name": "the run"}]
     except ValueError:  # DPO's log has no reward, and that of a run without a monitor no KL
@@ -78,7 +79,7 @@ def main():
     (folder / "way.json").write_text(json.dumps(points, indent=1) + "\n", encoding="utf-8")
     places = [(point["exact_kl_per_sequence"], point["reward_mean"]) for point in points]
     way = {"name": "the way", "points": places, "labels": [f"{point['fraction']:g}" for point in points]}
-    plot_frontier(known.get("frontier", []), [way, *trained], folder / "way.png", known.get("least_kl", []))
+    plot_frontier(best, [way, *trained], folder / "way.png", least)
     print(f"| of the way | {' | '.join(COLUMNS.values())} |\n|{'---|' * (len(COLUMNS) + 1)}")
     for point in points:
         print(f"| {point['fraction']:g} | {' | '.join(f'{point[name]:.2f}' for name in COLUMNS)} |")

@@ -10,7 +10,6 @@ range over seeds, and writes reward_over_kl.png: the runs as they go, and where 
 frontier is that of the command in recipes/best_of_n.py.
 """
 
-import json
 import statistics
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from common import quiet, run_groups, runs_parser
 from kl_alliteration.lab.checks import check_model_path
 from kl_alliteration.lab.figures import plot_frontier, read_run
 from kl_alliteration.lab.gguf import SMOLLM2_FOLDER
-from kl_alliteration.lab.runs import read_summary
+from kl_alliteration.lab.runs import read_summary, read_yardsticks
 from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.lab.sweep import ROOT, seeds_of
 
@@ -78,13 +77,13 @@ def main():
     config = ("--config", str(ROOT / "recipes/instruct.yaml"), "--model_name_or_path", SMOLLM2_FOLDER, *args.options)
     groups = {name: seeds_of(name, SETTINGS[name], args.seeds, config) for name in args.settings}
     folders = run_groups(groups, args)
+    best, least = read_yardsticks(args.frontier, [path for paths in folders.values() for path in paths])
     found = {name: [read_summary(path) for path in paths] for name, paths in folders.items()}
     print(f"| | {' | '.join(COLUMNS.values())} |")
     print("|---" * (len(COLUMNS) + 1) + "|")
     print(f"| before | {' | '.join(cells([numbers(s['before']) for s in next(iter(found.values()))]))} |")
     for name, summaries in found.items():
         print(f"| {name.replace('_', ' ')} | {' | '.join(cells([numbers(s['after']) for s in summaries]))} |")
-    yardsticks = json.loads(args.frontier.read_text(encoding="utf-8")) if args.frontier else {}
     drawn = []
     for name, summaries in found.items():
         ends = [(s["after"]["exact_kl_per_sequence"], s["after"]["reward_mean"]) for s in summaries]
@@ -94,7 +93,7 @@ def main():
             points = [(0.0, summaries[0]["before"]["reward_mean"]), ends[0]]
         drawn.append({"name": name.replace("_", " "), "points": points, "dots": ends})
     figure = args.folder / "reward_over_kl.png"
-    plot_frontier(yardsticks.get("frontier", []), drawn, figure, yardsticks.get("least_kl", []))
+    plot_frontier(best, drawn, figure, least)
     print(f"\n{figure}")
 
 

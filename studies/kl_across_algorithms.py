@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from kl_alliteration.lab.comparison import judged, write_page
 from kl_alliteration.lab.judging import judge_run
-from kl_alliteration.lab.runs import read_summary
+from kl_alliteration.lab.runs import read_summary, read_yardsticks
 from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.lab.sweep import (
     ROOT,
@@ -105,7 +105,7 @@ def main():
         if read_summary(folder / run.name) is not None
     ]
     if found:
-        print(write_page(found, json.loads(Path(args.frontier).read_text())["frontier"], folder))
+        print(write_page(found, read_yardsticks(args.frontier, [run.folder for run in found])[0], folder))
     if failed:
         raise ValueError(f"{len(failed)} of {sum(map(len, waves))} runs failed; the same command tries them again")
 

@@ -101,8 +101,12 @@ def test_a_fraction_is_from_0_to_1(fraction):
 def test_the_curve_and_the_point_that_is_kept(tmp_path, adapter):
     more = ["--use_peft", "--lora_r", "4"] if adapter else []
     run(RECIPE, "--output_dir", "out", "--learning_rate", "0.01", *SMALL.split(), *more, cwd=tmp_path)
-    frontier = ROOT / "kl_alliteration/story_lm/frontier.json"
-    few = "--stories", 12, "--fractions", 1, 0, 0.5, "--frontier", frontier
+    known = (ROOT / "kl_alliteration/story_lm/frontier.json").read_text()
+    few = "--stories", 12, "--fractions", 1, 0, 0.5, "--frontier", "f.json"
+    (tmp_path / "f.json").write_text(known)
+    done = run("go_back.py", "--run", "out", *few, cwd=tmp_path, check=False)
+    assert "f.json does not serve: the yardstick's max_new_tokens is 100, and out has 8" in done.stderr
+    (tmp_path / "f.json").write_text(known.replace('"max_new_tokens":100', '"max_new_tokens":8'))
     told = run("go_back.py", "--run", "out", *few, cwd=tmp_path).stdout
     points = json.loads((tmp_path / "out/way.json").read_text())
     assert [point["fraction"] for point in points] == [0, 0.5, 1] and told.count("\n| ") == 1 + 3

@@ -298,8 +298,11 @@ def test_a_reward_that_is_wrong_stops_the_run(tmp_path, body, says):
     assert "Traceback" not in done.stderr
 
 
-def test_best_of_n_draws_the_frontier(tmp_path):
-    run("best_of_n.py", "--stories", 60, "--largest_n", 30, "--max_new_tokens", 12, cwd=tmp_path)
+def test_best_of_n_draws_the_frontier(trained, tmp_path):
+    words = "--stories", 60, "--largest_n", 30, "--runs", trained
+    done = run("best_of_n.py", *words, cwd=tmp_path, check=False)  # of 100 tokens, and the run has 12
+    assert done.returncode == 2 and "yardstick's max_new_tokens is 100, and out has 12" in done.stderr
+    run("best_of_n.py", *words, "--max_new_tokens", 12, cwd=tmp_path)
     facts = json.loads((tmp_path / "runs/best_of_n/frontier.json").read_text())
     assert facts["frontier"][-1]["n"] == 30 and (tmp_path / "runs/best_of_n/frontier.png").stat().st_size > 5_000
     frontier = ("--base_frontier", "runs/best_of_n/frontier.json")

@@ -10,6 +10,7 @@ import pytest
 
 from kl_alliteration.lab import report
 from kl_alliteration.lab.report import PANELS, order_of_rewards, spread, verdict, write_report
+from kl_alliteration.lab.runs import begin_record
 from kl_alliteration.text import alliterating_words
 
 
@@ -65,10 +66,32 @@ def test_what_is_missing_is_said_and_the_rest_is_drawn(tmp_path):
         "half_seed_0: not finished, drawn as far as it went",
         "broken_seed_0: no metrics.jsonl that can be read, left out",
         "torn_seed_0: not finished",
-        "nowhere.json cannot be read",
+        "nowhere.json does not serve: ",
     ):
         assert words in page
     assert "good" in page and page.count("plotly-graph-div") == 4
+
+
+def test_a_yardstick_of_another_reward_is_said_and_not_drawn(tmp_path):
+    """Laid over runs that it is not of, it is a ceiling that is none."""
+    sampled = {"reward_func": "mine.reward", "prompt": None, "dataset_name": "held_out.jsonl"}
+    sampled |= {"temperature": 0.7, "max_new_tokens": 64}
+    point = {"n": 2, "kl_per_sequence": 0.2, "reward": 6.0, "low": 5.0, "high": 7.0}
+    yardstick = tmp_path / "frontier.json"
+    yardstick.write_text(json.dumps({"model": "Tiny", "sampled": sampled, "frontier": [point]}))
+    ours = sampled | {"model": "tiny", "dataset_name": "prompts.jsonl"}  # trains on others than it is judged on
+    for name, changed in {"a": {}, "b": {"reward_func": "yours.reward"}, "c": {"temperature": 1.0}}.items():
+        folder = a_run(tmp_path / name, "beta_1_seed_0", 1.0, 10.0)
+        begin_record(folder, anew=False, sampled=ours | changed)
+        a_run(tmp_path / name, "of_an_earlier_version", 1.0, 10.0)
+    drawn, *others = (write_report(tmp_path / name, yardstick).read_text() for name in "abc")
+    curve = '"name":"best of n"'
+    assert curve in drawn and not any(curve in page for page in others)
+    assert (
+        "yardstick&#39;s reward_func is &#39;mine.reward&#39;, and beta_1_seed_0 has &#39;yours.reward&#39;"
+        in others[0]
+    )
+    assert "yardstick&#39;s temperature is 0.7, and beta_1_seed_0 has 1.0" in others[1]
 
 
 @pytest.mark.filterwarnings("error")

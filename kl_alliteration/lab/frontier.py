@@ -11,15 +11,27 @@ from .._trl import last_rewards, seam_of
 from ..evaluation import Judgement
 from ..story_lm import MODEL_PATH
 from ..yardsticks import centred, efficiency
+from .runs import what_was_sampled
 
 EMBEDDED = MODEL_PATH.parent / "frontier.json"
-NAMES = ("model", "reward_func", "prompt", "dataset_name", "temperature", "max_new_tokens")  # the run's too
 STAYS = ("start", "base", "loaded")  # of kl_reference
 # Options with which a run samples, or is paid, otherwise than the base was, and their values that change nothing.
 PLAIN = {"top_k": (0,), "top_p": (1.0,), "min_p": (0.0,), "repetition_penalty": (1.0,)}
 PLAIN |= {"generation_kwargs": ({},), "reward_clip_range": ()}
 MANY = 1000  # samples of a prompt that give it a curve of its own
 AT_REFERENCE = 1e-2  # nats per sequence within which a run begins at its reference
+
+
+def sampled_as(args, sampling, model_name_or_path: str) -> dict:
+    """What a run samples, and is paid for, under the names that `frontier.json` has for it."""
+    return {
+        "model": Path(model_name_or_path).name.casefold(),
+        "reward_func": args.reward_funcs[0] if len(args.reward_funcs) == 1 else args.reward_funcs,
+        "prompt": None if args.dataset_name else args.prompt,
+        "dataset_name": args.dataset_name,
+        "temperature": sampling.temperature,
+        "max_new_tokens": sampling.max_completion_length,
+    }
 
 
 def read_base_rewards(args, sampling, model_name_or_path: str) -> torch.Tensor | None:
@@ -32,27 +44,18 @@ def read_base_rewards(args, sampling, model_name_or_path: str) -> torch.Tensor |
     Raises:
         `ValueError`: where the named file cannot be read, or was sampled in another way than the run samples.
     """
-    named = args.base_frontier
+    named, ours = args.base_frontier, sampled_as(args, sampling, model_name_or_path)
     if named is None and Path(model_name_or_path) != MODEL_PATH:
         return None
     try:
         facts = json.loads(Path(named or EMBEDDED).read_text(encoding="utf-8"))
-        sampled = {"dataset_name": None} | facts["sampled"] | {"model": facts["model"].casefold()}
-        sampled = {name: sampled[name] for name in NAMES}
+        sampled = what_was_sampled(facts)
         rewards = torch.tensor(facts["rewards"], dtype=torch.float64)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"base_frontier: {named} is no frontier.json of recipes/best_of_n.py ({type(error).__name__}: {error})"
         ) from None
-    ours = {
-        "model": Path(model_name_or_path).name.casefold(),  # a Hub id and a folder of it agree
-        "reward_func": args.reward_funcs[0] if len(args.reward_funcs) == 1 else args.reward_funcs,
-        "prompt": None if args.dataset_name else args.prompt,
-        "dataset_name": args.dataset_name,
-        "temperature": sampling.temperature,
-        "max_new_tokens": sampling.max_completion_length,
-    }
-    other = [name for name in NAMES if ours[name] != sampled[name]]
+    other = [name for name in ours if ours[name] != sampled[name]]
     unlike = beside_the_base(args, sampling)
     if named is None:
         return None if other or unlike else rewards

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from trl import ScriptArguments
+from trl import ModelConfig, ScriptArguments
 
 from .. import control, kl
 from ..guard import CollapseGuardCallback
@@ -22,6 +22,35 @@ BASELINES = ("leave_one_out", "none")
 GUARDS = ("off", *CollapseGuardCallback.ACTIONS)
 LATEST = "latest"  # of --resume_from_checkpoint
 REFERENCES = ("start", "base", "loaded", "moving_average", "reset")
+
+
+# Options that do nothing by themselves: what each needs, in words, and whether it is there.
+NEEDS = {
+    "kl_top_k": ("--kl_estimator top_k", lambda given: given.kl_estimator == "top_k"),
+    "reward_prefix_tokens": ("--reward_discount", lambda given: given.reward_discount is not None),
+    "sampler_correction_cap": ("--sampler_correction", lambda given: given.sampler_correction != "none"),
+    "sampler_divergence_threshold": ("--sampler_divergence_type", lambda given: given.sampler_divergence_type),
+    "base_samples": (
+        "--target_kl_per_sequence, --plots or --plot_price",
+        lambda given: given.target_kl_per_sequence is not None or given.plots or given.plot_price is not None,
+    ),
+    "prompt": ("that no --dataset_name is given", lambda given: given.dataset_name is None),
+}
+NEEDS |= dict.fromkeys(("dataset_config", "dataset_train_split"), ("--dataset_name", lambda given: given.dataset_name))
+NEEDS |= dict.fromkeys(
+    ("ref_model_mixup_alpha", "ref_model_sync_steps"),
+    (
+        "--kl_reference moving_average or reset, or --sync_ref_model",
+        lambda given: given.sync_ref_model or getattr(given, "kl_reference", None) in ("moving_average", "reset"),
+    ),
+)
+NEEDS |= dict.fromkeys(
+    ("pairs", "group_size", "pairs_per_group"), ("that no --pairs_from is given", lambda given: not given.pairs_from)
+)
+NEEDS |= dict.fromkeys(
+    [name for name in ModelConfig.__dataclass_fields__ if name.startswith("lora_")] + ["use_rslora", "use_dora"],
+    ("--use_peft", lambda given: given.use_peft),
+)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from ..credit import TAKES
 from ..story_lm import MODEL_PATH
 from . import secrets
 from .checks import check_model_path
-from .options import OnlineArguments
+from .options import NEEDS, OnlineArguments
 
 # transformers 5.23 gave these options new names, and TRL's default of an old one warns there. Either name works with
 # either version: the one that this version lacks is read as the other.
@@ -104,6 +104,14 @@ class RecipeParser(TrlParser):
                 raise ValueError(f"unknown option {name}; {remedy}")
         if unknown:
             raise ValueError(f"unexpected argument {unknown[0]!r}; options start with --")
+        self.idle = {  # of what is typed or in the file, with what it lacks
+            name: needs
+            for name, (needs, there) in NEEDS.items()
+            if (f"--{name}" in self.words or name in self.spelled) and not there(self.namespace)
+        }
+        for name, needs in self.idle.items():
+            if f"--{name}" in self.words:
+                raise ValueError(f"{name} needs {needs}: it does nothing here")
         # Before the dataclasses derive more from them: what is given, in a file or on the command line.
         given = {k: v for k, v in vars(self.namespace).items() if v != stock[k]}
         self.given, self.hidden = secrets.without(given), secrets.values_of(given)
@@ -210,6 +218,8 @@ def parse_recipe(parser: RecipeParser, argv: list[str] | None = None):
     if args.adapter_learning_rate is not None and (model_args.use_peft or adapter):
         training_args.learning_rate = args.adapter_learning_rate
         say(training_args, f"learning_rate {args.adapter_learning_rate:g}, an adapter's; --learning_rate sets another")
+    for name, needs in parser.idle.items():  # a file may be for runs with and without it
+        say(training_args, f"{name} needs {needs}: it does nothing here")
     if "tensorboard" in training_args.report_to and not is_tensorboard_available():
         training_args.report_to.remove("tensorboard")
         say(training_args, "TensorBoard is not installed and gets no logs: pip install 'kl_alliteration[tensorboard]'")

@@ -8,7 +8,6 @@ broken is said on the page, and the rest is drawn. While a run trains the page r
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..kl import to_study_beta
 from . import curves, heat
 from .figures import plot_frontier, plot_groups, plot_runs, read_run
 from .pages import fill_template
-from .runs import group_of, read_metrics, read_summary
+from .runs import group_of, read_metrics, read_summary, read_yardsticks
 from .survival import one_line_errors
 
 COLUMNS = {
@@ -193,10 +192,10 @@ def write_report(folder: str | Path, frontier_path: str | Path | None = None) ->
         except ValueError:
             missing.append(f"{group}: no KL per sequence in its logs")
     try:
-        best, least = read_frontier(frontier_path)
-    except (OSError, ValueError, KeyError):
+        best, least = read_yardsticks(frontier_path, [run for runs in groups.values() for run in runs])
+    except ValueError as error:
         best, least = [], []
-        missing.append(f"best of n: {frontier_path} cannot be read")
+        missing.append(f"best of n: {error}")
     if drawable:
         label = "reward over KL per sequence"
         plot_frontier(best, drawable, folder / "reward_over_kl.png", least)
@@ -217,14 +216,6 @@ def write_report(folder: str | Path, frontier_path: str | Path | None = None) ->
     page["scale"] = heat.scale([story for each in told.values() for story in each])
     page["warm"] = any(story.tokens for each in told.values() for story in each)
     return fill_template(folder / "report.html", **page)
-
-
-def read_frontier(path: str | Path | None) -> tuple[list[dict], list[dict]]:
-    """Best-of-n and the least KL of `frontier.json`, as points of reward over KL; nothing without a path."""
-    if path is None:
-        return [], []
-    known = json.loads(Path(path).read_text(encoding="utf-8"))
-    return known["frontier"], known.get("least_kl", [])
 
 
 @one_line_errors

@@ -40,7 +40,7 @@ from .base_samples import base_samples
 from .checked_rewards import load_rewards
 from .checks import check_options
 from .figures import plot_curves
-from .frontier import EfficiencyCallback, efficiency_of, read_base_rewards, reference_stays
+from .frontier import EfficiencyCallback, efficiency_of, read_base_rewards, reference_stays, sampled_as
 from .gguf import as_folder
 from .hub import push, write_card
 from .inputs import check_lengths, load_held_out, load_policy, load_prompts, load_tokenizer, share_template_options
@@ -167,8 +167,8 @@ def callbacks_of(trainer, kind: type) -> list:
     return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind)]
 
 
-def run_training(trainer) -> dict:
-    """Train, resuming or rolling back as the options say. Returns what the guard found."""
+def run_training(trainer, **facts) -> dict:
+    """Train, resume or roll back as the options say; note `facts` in the folder. Returns what the guard found."""
     guards = callbacks_of(trainer, CollapseGuardCallback)
     train = guards[0].train if guards else trainer.train
     checkpoint, folder = trainer.args.resume_from_checkpoint, trainer.args.output_dir
@@ -177,7 +177,7 @@ def run_training(trainer) -> dict:
         words = f"Resuming from {checkpoint}" if checkpoint else "No complete checkpoint: starting from the beginning"
         say(trainer.args, words)
     if trainer.is_world_process_zero():
-        begin_record(folder, anew=checkpoint is None)
+        begin_record(folder, anew=checkpoint is None, **facts)
     trainer.accelerator.wait_for_everyone()
     train_or_say_why(trainer, lambda: train(resume_from_checkpoint=checkpoint))
     return {"collapse": guards[0].collapse, "last_good_checkpoint": guards[0].last_good} if guards else {}
@@ -300,8 +300,8 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
         trainer.add_callback(StoryProgressCallback())
     sampling = args if isinstance(args, PairArguments) else training_args
     targets = callbacks_of(trainer, KLTargetCallback)
-    base_rewards = read_base_rewards(args, sampling, model_args.model_name_or_path)
-    base_rewards = targets[0].ref_rewards if targets else base_rewards
+    path = model_args.model_name_or_path
+    base_rewards = targets[0].ref_rewards if targets else read_base_rewards(args, sampling, path)
     judged = partial(
         judge_policy,
         trainer,
@@ -312,13 +312,13 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
         adapted=bool(model_args.use_peft or args.adapter_name_or_path),
     )
     before = judged()
-    guarded = run_training(trainer)
+    guarded = run_training(trainer, sampled=sampled_as(args, sampling, path))
     after = judged()
     save_final(trainer, below=args.adapter_name_or_path if model_args.use_peft else None)
     if trainer.is_world_process_zero():
         before, after = with_yardsticks(trainer, before, after, base_rewards)
         show(before, after, folder)
-        title = f"{Path(model_args.model_name_or_path).name}: {penalty_in_words(trainer, args)}"
+        title = f"{Path(path).name}: {penalty_in_words(trainer, args)}"
         plot_curves(trainer.state.log_history, folder / "curves.png", title, before.reward_mean)
         summary = {"before": before.numbers(), "after": after.numbers(), "stories": after.texts[:5]}
         summary |= guarded | {"seconds": round(time.time() - parser.started, 1)}

@@ -123,6 +123,48 @@ def what_is_sampled(args, model_name_or_path: str) -> dict:
     return facts | {"dataset_mark": mark_of(Path(args.dataset_name)) if args.dataset_name else None}
 
 
+def what_was_sampled(facts: dict) -> dict:
+    """What a `frontier.json` of `recipes/best_of_n.py` is of: model, reward, prompts, sampling.
+
+    A model is known by its name alone: a Hub id and a folder of it agree.
+    """
+    sampled = {"dataset_name": None} | facts["sampled"] | {"model": facts["model"].casefold()}
+    names = ("model", "reward_func", "prompt", "dataset_name", "temperature", "max_new_tokens")
+    return {name: sampled[name] for name in names}
+
+
+def check_yardstick(facts: dict, folders: list[str | Path]) -> None:
+    """`ValueError` where a `frontier.json` is of another model, reward or sampling than one of the runs.
+
+    Their data sets may differ: a run trains on some prompts and is judged on others. Of a run that has not said what
+    it samples, one of an earlier version, nothing is known.
+    """
+    sampled = what_was_sampled(facts)
+    for folder in folders:
+        ours = read_record(folder).get("sampled", {})
+        for name in ours.keys() & sampled.keys() - {"dataset_name"}:
+            if ours[name] != sampled[name]:
+                raise ValueError(
+                    f"the yardstick's {name} is {sampled[name]!r}, and {Path(folder).name} has {ours[name]!r}"
+                )
+
+
+def read_yardsticks(path: str | Path | None, folders: list[str | Path]) -> tuple[list[dict], list[dict]]:
+    """Best-of-n and the least KL of `frontier.json`, as points of reward over KL; nothing without a path.
+
+    Raises:
+        `ValueError`: where it cannot be read, or is not of what the runs in these folders are of.
+    """
+    if path is None:
+        return [], []
+    try:
+        facts = json.loads(Path(path).read_text(encoding="utf-8"))
+        check_yardstick(facts, folders)
+        return facts["frontier"], facts.get("least_kl", [])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"frontier: {path} does not serve: {error}") from None
+
+
 def made_of(folder: Path, name: str, facts: dict) -> bool:
     """Whether what a run last wrote under this name was made of the same `facts`.
 
@@ -172,13 +214,15 @@ def check_folder(folder: Path, adapter: bool) -> None:
         )
 
 
-def begin_record(folder: Path, anew: bool) -> None:
-    """A run begins here, from a checkpoint or anew: what the run before left when it was over is not of it."""
+def begin_record(folder: Path, anew: bool, **facts) -> None:
+    """A run begins here, from a checkpoint or anew, with these `facts`: what another left at its end is not of it."""
     for name in (*RESULTS, *(["health.json"] if anew else [])) if read_record(folder) else ():  # a run was here
         Path(folder, name).unlink(missing_ok=True)
     there = {path.name: mark_of(path / "trainer_state.json") for path in checkpoints(folder).values()}
     if anew and (there or read_record(folder)):  # whose checkpoints are not its own
         write_record(folder, others={name: mark for name, mark in there.items() if mark})
+    if facts:
+        write_record(folder, **facts)
 
 
 def remember(folder: Path, *names: str) -> None:
