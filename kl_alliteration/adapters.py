@@ -1,15 +1,17 @@
 """LoRA adapters: their configuration, loading them on the right base, stacking and merging them."""
 
 import json
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from huggingface_hub import file_exists
+from huggingface_hub import file_exists, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from . import kl
 from ._trl import why_off_is_not_the_base
 from .story_lm import MODEL_PATH
 
@@ -17,14 +19,18 @@ from .story_lm import MODEL_PATH
 EMBEDDED = "kl_alliteration/story_lm/model"
 ORIGIN = "origin.json"  # in a folder made of a GGUF file: the file, and as `hub_id` what that was made of
 ADAPTER, REFERENCE = "default", "ref"  # PEFT's name for the one that trains, TRL's for the one it is held to
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of log-probabilities, in nats; 0.1 in half precision
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of log-probabilities, in nats
+STEPS = 4  # in half precision, of the largest log-probability's rounding: a bfloat16 between 16 and 32 is 0.125 wide
 
 
 def is_adapter(name: str) -> bool:
     """Whether a folder or Hub id holds an adapter, not a whole model."""
     if Path(name).is_dir():
         return Path(name, "adapter_config.json").is_file()
-    return file_exists(name, "adapter_config.json")
+    adapter, whole = (isinstance(try_to_load_from_cache(name, f"{kind}config.json"), str) for kind in ("adapter_", ""))
+    return (
+        adapter if adapter or whole else file_exists(name, "adapter_config.json")
+    )  # without the Hub where it is here
 
 
 def default_lora_config(**options) -> LoraConfig:
@@ -101,8 +107,9 @@ def load_adapter(
     config = PeftConfig.from_pretrained(name, revision=adapter_revision)
     check_targets(config.target_modules)
     known = base_of(config)
-    if base and known and base != known and not Path(base).is_dir() and not Path(known).is_dir():
-        raise ValueError(f"the adapter {name} was trained on {known}, not on {base}")
+    if base and known and base != known:
+        check_base(name, known, base)
+        config.base_model_name_or_path = named_from_here_on(known, base)
     if (path := base or known) and not Path(path).exists():
         try:
             validate_repo_id(path)
@@ -119,7 +126,43 @@ def load_adapter(
             f"the adapter {name} was trained on revision {config.revision} of {known}, and revision {revision} is "
             f"{commit}; leave the revision out or give the adapter's"
         )
-    return PeftModel.from_pretrained(model, name, is_trainable=is_trainable, config=config, revision=adapter_revision)
+    try:
+        return PeftModel.from_pretrained(
+            model, name, is_trainable=is_trainable, config=config, revision=adapter_revision
+        )
+    except RuntimeError as error:  # of torch: sizes that differ
+        raise ValueError(f"the adapter {name} does not fit {base or known}: {str(error).splitlines()[-1]}") from None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it reads as one, and is no path here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def check_base(adapter: str, known: str, base: str) -> None:
+    """`ValueError` where an adapter's base, `known`, is not the one that is named; a warning where it may be.
+
+    A folder may be a copy of a Hub id, and a path that is gone may have been anything.
+    """
+    embedded, folders = Path(known) == MODEL_PATH, Path(known).is_dir() and Path(base).is_dir()
+    if (is_hub_id(known) or embedded) and not Path(base).is_dir():
+        raise ValueError(f"the adapter {adapter} was trained on {EMBEDDED if embedded else known}, not on {base}")
+    if folders and not Path(known).samefile(base):
+        warnings.warn(
+            f"the adapter {adapter} names another folder as its base, {known}, than {base}: it is right if one is a "
+            "copy of the other",
+            kl.KLWarning,
+            stacklevel=3,
+        )
+
+
+def named_from_here_on(known: str, base: str) -> str:
+    """How an adapter on a base that was named calls it: by its Hub id where it had one, a folder by where it is."""
+    return known if is_hub_id(known) and "/" in known and Path(base).is_dir() else base
 
 
 def commit_of(model: PreTrainedModel) -> str | None:
@@ -150,8 +193,10 @@ def probe(model) -> torch.Tensor:
 def check_agreement(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: str) -> float:
     """Largest difference of two results of [`probe`] in nats; `ValueError` where it is too large for the dtype."""
     difference = (found - expected).abs().max().item()
-    if not difference <= TOLERANCE.get(dtype, 0.1):
-        raise ValueError(f"{what} is {difference:.2g} nats off, in {dtype}")
+    allowed = TOLERANCE.get(dtype) or STEPS * torch.finfo(dtype).eps * expected.abs().max().item()
+    if not difference <= allowed:
+        remedy = "" if dtype in TOLERANCE else "; load the base in float32"
+        raise ValueError(f"{what} is {difference:.2g} nats off, in {dtype}, where rounding is {allowed:.1g}{remedy}")
     return difference
 
 
@@ -159,11 +204,14 @@ def merge(model: PeftModel) -> PreTrainedModel:
     """`merge_and_unload`, with a check that the log-probabilities stay those of the adapter.
 
     Raises:
-        `ValueError`: where they differ by more than 0.001 nats in float32, 0.1 in half precision: weights that are
-            too coarse for the adapter; merge in float32.
+        `ValueError`: where they differ by more than rounding, 0.001 nats in float32: weights that are too coarse for
+            the adapter, or that are tied to others which it does not reach.
     """
     before = probe(model.eval())
-    merged = model.merge_and_unload(safe_merge=True)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except RuntimeError as error:  # of PEFT
+        raise ValueError(f"the adapter cannot be merged: {error}") from None
     check_agreement(probe(merged), before, merged.dtype, "the merged model")
     return merged
 
@@ -177,7 +225,8 @@ def beside_its_product(config: PeftConfig) -> list[str]:
 
 def check_stacks(config: PeftConfig) -> None:
     """`ValueError` for an adapter whose sum with another is none."""
-    more = beside_its_product(config)
+    of_some_layers = ("layers_to_transform", "layers_pattern", "exclude_modules")  # which the other's need not be
+    more = beside_its_product(config) + [name for name in of_some_layers if getattr(config, name, None)]
     if not isinstance(config, LoraConfig) or more:
         raise ValueError(
             f"a stack of adapters is one adapter for plain LoRA alone, got {config.peft_type.value} {' '.join(more)}: "
@@ -186,21 +235,25 @@ def check_stacks(config: PeftConfig) -> None:
 
 
 @torch.no_grad()
-def save_stacked(below: str, above: str, folder: str) -> None:
+def save_stacked(
+    below: str, above: str, folder: str, base: str | None = None, revision: str | None = None, **model_kwargs
+) -> None:
     """Save as one adapter the sum of two: `below`, and `above`, which was trained on base and `below` merged.
 
-    The ranks are put side by side, so the sum of both updates loads on the base alone.
+    The ranks are put side by side, so the sum of both updates loads on the base alone. Made in float32, whatever the
+    base's own precision.
 
     Args:
         below, above (`str`): Adapters, folder or Hub id. Plain LoRA only: the sum of two DoRA adapters is none.
         folder (`str`): Where it goes.
+        base, revision, model_kwargs: As for [`load_adapter`].
 
     Raises:
         `ValueError`: for any other adapter, and where the sum's log-probabilities are not those of the two.
     """
     for name in (below, above):
         check_stacks(PeftConfig.from_pretrained(name))
-    model = load_adapter(below)
+    model = load_adapter(below, base, revision, dtype=torch.float32, **model_kwargs)
     model.load_adapter(above, "above")
     model.eval()
     for config in model.peft_config.values():
@@ -242,6 +295,10 @@ def go_back(model: PreTrainedModel | PeftModel, fraction: float, base: PreTraine
     if fraction == 1:
         return
     if not isinstance(model, PeftModel):
+        if base is None:
+            raise ValueError("a whole model goes back to a base: give it")
+        if [p.shape for p in model.parameters()] != [p.shape for p in base.parameters()]:
+            raise ValueError("the base has other parameters than the model: it was trained from another")
         for parameter, other in zip(model.parameters(), base.parameters(), strict=True):
             parameter.copy_(torch.lerp(other.to(parameter.dtype), parameter, fraction))
         return

@@ -26,7 +26,7 @@ def _positive(**values: float) -> None:
 class FixedBeta:
     """A beta that stays."""
 
-    STATE: ClassVar = ("value",)
+    STATE: ClassVar = ()
     value: float
 
     def update(self, kl_per_token: float, generations: int) -> float:
@@ -71,7 +71,8 @@ def ppo_rule(value: float, target_kl_per_token: float) -> StepRule:
 class ProportionalRule:
     """`beta *= 1 + clip(kl / target - 1, -limit, limit) * generations / horizon` (Ziegler et al., arXiv 1909.08593).
 
-    `horizon` is in generations. Its usual 10,000 moves beta by 4 % in 200 updates of 10 completions.
+    `horizon` is in generations, more than `limit` times those of an update: beta would fall below 0. Its usual 10,000
+    moves beta by 4 % in 200 updates of 10 completions.
     """
 
     STATE: ClassVar = ("value",)
@@ -86,6 +87,8 @@ class ProportionalRule:
         )
 
     def update(self, kl_per_token: float, generations: int) -> float:
+        if self.limit * generations >= self.horizon:
+            raise ValueError(f"horizon must be > limit * generations of an update, {self.limit * generations:g}")
         error = max(-self.limit, min(self.limit, kl_per_token / self.target_kl_per_token - 1))
         self.value *= 1 + error * generations / self.horizon
         return self.value
@@ -197,6 +200,7 @@ class KLControlCallback(TrainerCallback):
         self.trainer, self.controller, self.kl_estimator = trainer, controller, kl_estimator
         self.seam = seam_of(trainer)
         self.seam.check_reference()
+        self.seam.own_price(type(self).__name__)
         if kl_estimator in kl.FULL_VOCABULARY:
             self.seam.scorer.need_hidden_states()
         self.seam.observers.append(self.observe)
@@ -208,6 +212,8 @@ class KLControlCallback(TrainerCallback):
             mask, accelerator = rollout.completion_mask, self.trainer.accelerator
             mean, tokens = self.seam.mean_per_token(rollout.per_token_kl(self.kl_estimator), mask), mask.sum().float()
             tokens, completions = accelerator.reduce(tokens, "sum").item(), len(mask) * accelerator.num_processes
+            if not tokens:  # all were truncated, and none of them counts: that is no KL of 0
+                return
             if self.seen is not None:  # several batches are one update
                 before, earlier, others = self.seen
                 mean = (before * earlier + mean * tokens) / max(1.0, earlier + tokens)

@@ -98,9 +98,9 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> N
 
     It is for reward functions with an attribute `scores_prefixes = True`, which the alliteration rewards have, and
     yours may: `my_reward.scores_prefixes = True`. They are called once more a batch, of as many texts as there are
-    tokens, with `None` for `log_metric`; where they say nothing of a prefix (`None`) it adds nothing. All others are
-    credited as before, and where none has it a warning says so. Logs `reward_to_go/spread`, the spread of the tokens'
-    advantages over that of the completions'.
+    tokens, with `None` for `log_metric` and `log_extra`; where they say nothing of a prefix (`None`) it adds nothing.
+    All others are credited as before, and where none has it a warning says so. Called again, the last call counts.
+    Logs `reward_to_go/spread`, the spread of the tokens' advantages over that of the completions'.
 
     Args:
         trainer ([`~trl.RLOOTrainer`] or [`~trl.GRPOTrainer`]): The trainer, stock.
@@ -137,7 +137,7 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> N
         )
         seam.metrics["reward_to_go/spread"].append((of_tokens / of_texts) ** 0.5 if of_texts else 1.0)
 
-    seam.changes.append(credit)
+    seam.changes["reward_to_go"] = credit
 
 
 def use_kl_to_go(trainer) -> None:
@@ -186,4 +186,4 @@ def use_kl_to_go(trainer) -> None:
         of_tokens, of_texts = (seam.mean_per_token((own - each) ** 2, mask) for each in (by_token, by_text))
         seam.metrics["kl_to_go/spread"].append((of_tokens / of_texts) ** 0.5 if of_texts else 1.0)
 
-    seam.changes.append(credit)
+    seam.changes["kl_to_go"] = credit

@@ -189,8 +189,10 @@ def ask_reward(reward, rows: list[dict], completions: list, completion_ids: list
     """A reward function's answers, handed what TRL's trainers hand over; NaN for `None`, which is "does not apply".
 
     That is prompts, completions, their tokens, every column of the rows, `trainer_state`, `log_extra` and
-    `log_metric`. A function that takes less gets what it takes.
+    `log_metric`. A function that takes less gets what it takes, but `prompts` and `completions`, as from TRL.
     """
+    if not callable(reward) or isinstance(reward, torch.nn.Module):
+        raise ValueError(f"reward must be one reward function, got {type(reward).__name__}")
     names = [name for name in rows[0] if name not in ("prompt", "completion", "completion_ids")]
     columns = {name: [row[name] for row in rows] for name in names} | {"completion_ids": completion_ids}
     columns |= {"trainer_state": TrainerState(), "log_extra": _no_log, "log_metric": _no_log}

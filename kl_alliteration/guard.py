@@ -15,6 +15,8 @@ class CollapseLimits:
     """The limits of a healthy generation batch; `None` switches one off.
 
     `distinct_2_left` is distinct-2 divided by that of the run's first batch: distinct-2 depends on the batch size.
+    `kl_per_sequence`, in nats, has each batch scored for it: by GRPO's own k3 it is not; at beta 0 a whole model's
+    reference is loaded.
     """
 
     different_share: float | None = 0.7
@@ -74,6 +76,10 @@ class CollapseGuardCallback(TrainerCallback):
         self.trainer, self.action, self.limits = trainer, action, limits or CollapseLimits()
         self.smoothing, self.stronger, self.rollbacks = smoothing, stronger, rollbacks
         self.seam = seam_of(trainer)
+        if self.limits.kl_per_sequence is not None:
+            self.seam.observers.append(lambda rollout: None)  # without one GRPO scores no batch beside its loss
+            if trainer.beta == 0:
+                self.seam.scorer.need_reference_at_beta_zero()
         self.seam.after_batch.append(self.observe)
         self.recent: list[dict[str, float]] = []
         self.first_distinct_2: float | None = None
@@ -92,7 +98,7 @@ class CollapseGuardCallback(TrainerCallback):
             "different_share": text.different_share(texts),
             "distinct_2": (distinct_2 := text.distinct_n(texts, 2)),
             "compression_ratio": text.compression_ratio(texts),
-            "reward_std": last_reward_std(trainer),
+            "reward_std": last_reward_std(self.seam),
         }
         if self.first_distinct_2 is None:
             self.first_distinct_2 = distinct_2

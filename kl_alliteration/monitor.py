@@ -61,9 +61,10 @@ class KLMonitorCallback(TrainerCallback):
                 sums.append((best / (budget * lengths.clamp(min=1))).sum())
             sums.append((best > budget * lengths).sum())
         tokens, sequences, *totals = accelerator.reduce(torch.stack([s.double() for s in sums]), "sum").tolist()
-        sequences = max(sequences, 1)  # of which a token counts: of truncated ones none may
+        if not sequences:  # of which a token counts: of truncated ones none may, and that is no KL of 0
+            return
         for name, total in zip(self.names, totals, strict=False):
-            metrics[f"kl/{name}_per_token"].append(total / max(tokens, 1))
+            metrics[f"kl/{name}_per_token"].append(total / tokens)
             metrics[f"kl/{name}_per_sequence"].append(total / sequences)
         if budget is not None:
             if budget > 0:  # a share of nothing is no number

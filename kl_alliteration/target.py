@@ -69,7 +69,7 @@ def price_of_target(ref_rewards: torch.Tensor, kl_per_sequence: float) -> Target
     known = centred(ref_rewards)
     known = known - (mean := known.mean())  # a price is one of differences, which rounding must not make
     spread = (known.max() - known.min()).item() if len(known) else 0.0
-    if not spread > 1e-12 * ref_rewards.double().nan_to_num().abs().max().item():
+    if not spread > 1e-12 * torch.as_tensor(ref_rewards).double().nan_to_num().abs().max().item():
         raise ValueError(
             f"target_kl_per_sequence: the reference's {len(known)} rewards do not differ, so that no KL buys any: "
             "take another reward, or more samples"
@@ -171,7 +171,7 @@ class KLTargetCallback(TrainerCallback):
             raise ValueError("beta must not be 0 with a target: TRL then loads no reference; any other is replaced")
         if penalty.budget_per_token is not None or (penalty.reduction, penalty.direction) != ("sum", "reverse"):
             raise ValueError("the penalty of a target has reduction 'sum', direction 'reverse' and no budget")
-        self.trainer, self.seam, self.ref_rewards = trainer, seam_of(trainer), ref_rewards
+        self.trainer, self.seam, self.ref_rewards = trainer, seam_of(trainer), torch.as_tensor(ref_rewards)
         self.price = price_of_target(ref_rewards, kl_per_sequence)
         if self.price.blind:
             warnings.warn(
@@ -189,7 +189,7 @@ class KLTargetCallback(TrainerCallback):
         self.texts: list[torch.Tensor] = []  # and of the texts in it KL and length, (2, N) a batch
         # Before the first batch, in which no policy has spent anything, a length is unknown: the longest.
         budget = kl_per_sequence / trainer.max_completion_length
-        self.seam.use_penalty(replace(penalty, budget_per_token=budget))
+        self.seam.own_price(type(self).__name__, replace(penalty, budget_per_token=budget))
         self.estimator = penalty.estimator if penalty.full_vocabulary else "k1"
         self.seam.observers.append(self.observe)
         self._apply()

@@ -1,6 +1,6 @@
 """What a reward must cost: the least KL of any policy with that reward, and best-of-n sampling beside it.
 
-Both are read off rewards of the reference's own samples. Nothing is trained.
+Both are read off rewards of the reference's own samples, tensors or lists. Nothing is trained.
 """
 
 import math
@@ -31,7 +31,7 @@ def best_of_n(rewards: torch.Tensor, largest_n: int, points: int = 24, bootstrap
         `high`, the 2.5th and 97.5th percentile of `bootstraps` sets, resampled within each prompt: they hold the truth
         in some nine of ten; `None` for fewer than 40 n samples, where they hold it less often, and are too low.
     """
-    rewards = rewards.double().cpu().reshape(-1, rewards.shape[-1])  # (P, M)
+    rewards = _rows(rewards)
     if len(rewards) == 1:
         rewards = rewards[:, ~rewards[0].isnan()]
     m = rewards.shape[-1]
@@ -172,10 +172,11 @@ def efficiency(
         one_prompt (`bool`): Whether the policy's are of one prompt. Of several, how their rewards differ would count
             as reward to be bought, so that the reference's alone are asked.
     """
-    known = rewards[~rewards.isnan()].double()
+    ref_rewards, rewards = _rows(ref_rewards), _rows(rewards)
+    known = rewards[~rewards.isnan()]
     if not len(known):
         return None
-    gain = known.mean() - ref_rewards.double().nanmean()
+    gain = known.mean() - ref_rewards.nanmean()
     if not kl_per_sequence > 0 or not gain > 2 * known.std(correction=0) / len(known) ** 0.5:
         return None
     samples = [(ref_rewards, None), (rewards, ref_log_ratio)]
@@ -216,7 +217,7 @@ def centred(rewards: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: (P * M,) less those that do not apply.
     """
-    rewards = torch.as_tensor(rewards).double().cpu().reshape(-1, rewards.shape[-1])
+    rewards = _rows(rewards)
     if len(rewards) > 1:
         mean, m = rewards.nanmean(-1, keepdim=True), (~rewards.isnan()).sum(-1, keepdim=True)
         # Less the mean of m samples, a reward has 1 / m less variance.
@@ -224,10 +225,16 @@ def centred(rewards: torch.Tensor) -> torch.Tensor:
     return rewards[~rewards.isnan()]
 
 
+def _rows(values) -> torch.Tensor:
+    """(M,) or (P, M), a tensor or lists -> (P, M) float64 on the CPU."""
+    values = torch.as_tensor(values, dtype=torch.float64).cpu()
+    return values.reshape(-1, values.shape[-1])
+
+
 def _by_prompt(rewards: torch.Tensor, ratio: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """(P, M) float64 of the prompts that have a reward which applies."""
-    rewards = torch.as_tensor(rewards).double().cpu().reshape(-1, rewards.shape[-1])
-    ratio = torch.zeros_like(rewards) if ratio is None else ratio.double().cpu().reshape(rewards.shape)
+    rewards = _rows(rewards)
+    ratio = torch.zeros_like(rewards) if ratio is None else _rows(ratio).reshape(rewards.shape)
     some = (~rewards.isnan()).any(-1)
     if not some.any():
         raise ValueError("rewards: none of them applies")

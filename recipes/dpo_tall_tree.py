@@ -40,7 +40,9 @@ def main():
         train_dataset=pairs,
         processing_class=tokenizer,
     )
-    trainer.train_dataset = without_added_ends(trainer.train_dataset, args.max_completion_length)
+    trainer.train_dataset = without_added_ends(
+        trainer.train_dataset, args.max_completion_length, sampled=args.pairs_from is None
+    )
     use_fast_sampling(trainer, one_forward=False)  # for judging
     run_recipe(trainer, args, model_args, parser, ranking_reward(args.reward_funcs, args.reward_timeout))
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from transformers import (
     set_seed,
 )
 
-from kl_alliteration import KLPenalty, KLPenaltyCallback
+from kl_alliteration import KLPenalty, KLPenaltyCallback, adapters
 from kl_alliteration.adapters import (
     check_trains,
     default_lora_config,
@@ -25,6 +27,7 @@ from kl_alliteration.adapters import (
     probe,
     save_stacked,
 )
+from kl_alliteration.kl import KLWarning
 from kl_alliteration.story_lm import MODEL_PATH
 
 IDS = torch.arange(24).view(2, 12)
@@ -160,6 +163,8 @@ def test_an_adapter_knows_its_base(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text(json.dumps(written))
     with pytest.raises(ValueError, match="was trained on someone/base, not on another/base"):
         load_adapter(str(tmp_path), base="another/base")
+    here = load_adapter(str(tmp_path), base=str(MODEL_PATH), revision="a" * 40)  # a copy of what is on the Hub
+    assert here.peft_config["default"].base_model_name_or_path == "someone/base"
     monkeypatch.setattr("kl_alliteration.adapters.commit_of", lambda model: "b" * 40)
     with pytest.raises(ValueError, match=f"revision {'a' * 40} of someone/base, and revision v2 is {'b' * 40}"):
         load_adapter(str(tmp_path), base=str(MODEL_PATH), revision="v2")
@@ -172,6 +177,61 @@ def test_a_base_that_is_neither_here_nor_on_the_hub_is_asked_for(tmp_path, name)
     (tmp_path / "adapter_config.json").write_text(json.dumps(written | {"base_model_name_or_path": name}))
     with pytest.raises(ValueError, match=f"has the base '{name}', which is not here .*--base_model_name_or_path"):
         load_adapter(str(tmp_path))
+
+
+def test_another_base_than_the_adapter_s_is_said(tmp_path):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL_PATH), default_lora_config()).save_pretrained(tmp_path)
+    for name, size in (("same_shape", 40), ("copy", 40), ("other_shape", 24)):
+        AutoModelForCausalLM.from_config(
+            LlamaConfig(**SHAPE | {"hidden_size": size}, intermediate_size=32)
+        ).save_pretrained(tmp_path / name)
+    with pytest.warns(KLWarning), pytest.raises(ValueError, match="does not fit .*same_shape: .*size mismatch"):
+        load_adapter(str(tmp_path), base=str(tmp_path / "same_shape"))
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    written["base_model_name_or_path"] = "kl_alliteration/story_lm/model"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="was trained on kl_alliteration/story_lm/model, not on someone/else"):
+        load_adapter(str(tmp_path), base="someone/else")
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "same_shape")
+    get_peft_model(base, default_lora_config()).save_pretrained(tmp_path / "adapter")
+    with pytest.warns(KLWarning, match="names another folder as its base, .*same_shape, than .*copy: it is right if"):
+        moved = load_adapter(str(tmp_path / "adapter"), base=str(tmp_path / "copy"))
+    name_base(moved)
+    moved.save_pretrained(tmp_path / "next")
+    shutil.rmtree(tmp_path / "same_shape")  # and then the first is gone
+    for adapter in ("adapter", "next"):
+        found = load_adapter(str(tmp_path / adapter), base=str(tmp_path / "copy") if adapter == "adapter" else None)
+        assert found.peft_config["default"].base_model_name_or_path == str(tmp_path / "copy")
+
+
+def test_what_was_fetched_from_the_hub_is_known_without_it(tmp_path, monkeypatch):
+    for name, file in (("adapter", "adapter_config.json"), ("whole", "config.json")):
+        folder = tmp_path / f"models--ada--{name}"
+        (folder / "snapshots/c").mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs/main").write_text("c")
+        (folder / "snapshots/c" / file).write_text("{}")
+    fetched = partial(adapters.try_to_load_from_cache, cache_dir=tmp_path)
+    monkeypatch.setattr(adapters, "try_to_load_from_cache", fetched)
+    assert adapters.is_adapter("ada/adapter") and not adapters.is_adapter("ada/whole")
+
+
+@pytest.mark.parametrize("std", [0.005, 0.05])
+def test_half_precision_is_held_to_its_own_rounding(std):
+    """The largest logit of the embedded model is 15: a bfloat16 there is 0.06 wide, and 30 layers round."""
+    model = get_peft_model(base_model("embedded", torch.bfloat16), default_lora_config())
+    set_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    merge(model)
+
+
+def test_what_cannot_be_merged_is_one_line():
+    config = LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="the adapter cannot be merged: "):
+        merge(get_peft_model(base_model("llama"), config))
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "rslora"])
@@ -210,7 +270,10 @@ def test_a_stack_is_one_adapter_on_the_base(tmp_path, rslora):
     below.save_pretrained(tmp_path / "below")
     above = adapted(merge(below), 2, 2)
     above.save_pretrained(tmp_path / "above")
-    save_stacked(str(tmp_path / "below"), str(tmp_path / "above"), str(tmp_path / "one"))
+    base = str(tmp_path / "base")
+    if rslora:  # it has moved since the lower one was trained
+        (tmp_path / "base").rename(base := str(tmp_path / "moved"))
+    save_stacked(str(tmp_path / "below"), str(tmp_path / "above"), str(tmp_path / "one"), base)
     one = load_adapter(str(tmp_path / "one"))
     assert one.peft_config["default"].r == 5
     torch.testing.assert_close(probe(one.eval()), probe(above.eval()), atol=1e-5, rtol=0)
@@ -219,7 +282,14 @@ def test_a_stack_is_one_adapter_on_the_base(tmp_path, rslora):
 
 @pytest.mark.parametrize(
     "options",
-    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"trainable_token_indices": [1]}],
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "all"},
+        {"trainable_token_indices": [1]},
+        {"layers_to_transform": [0]},
+        {"exclude_modules": ["k_proj"]},
+    ],
     ids=str,
 )
 def test_what_has_no_sum_is_no_stack(tmp_path, options):

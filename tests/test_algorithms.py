@@ -252,7 +252,7 @@ def test_dpo_never_sees_the_end_of_a_story_that_was_cut_off(enumerated_model, tm
     tokenizer = probe.processing_class
     args = DPOConfig(**PLAIN, output_dir=str(tmp_path), max_length=longest(pairs, tokenizer, STEPS))
     trainer = DPOTrainer(model=str(enumerated_model), args=args, train_dataset=pairs)
-    trainer.train_dataset = without_added_ends(trainer.train_dataset, STEPS)
+    trainer.train_dataset = without_added_ends(trainer.train_dataset, STEPS, sampled=False)
 
     def seen(trainer):
         batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])

@@ -44,13 +44,13 @@ FACTORIES = {
     "ones", "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
 }  # fmt: skip
 ON_THE_CPU = {  # function of a module, and why what it makes has no input on a device
-    "_trl/seam.last_rewards": "floats of the trainer's log, which become a float again",
     "rewards/reward_model.__init__": "parameters and buffers, which move with their module",
     "rewards/reward_model.from_tokenizer": "of strings, copied into a buffer",
     "rewards/reward_model.character_tables": "the CPU's table, of which every device gets a copy",
-    "yardsticks._by_prompt": "to the CPU: rewards and sums of log-ratios, of which numbers are made",
+    "target.__init__": "rewards of the reference's samples, of which one number is made",
+    "target.price_of_target": "the same",
+    "yardsticks._rows": "to the CPU: rewards and sums of log-ratios, of which numbers are made",
     "yardsticks._log_binomial": "a table of numbers",
-    "yardsticks.centred": "to the CPU, as _by_prompt",
     "yardsticks.best_of_n": "a table of numbers, from rewards that went to the CPU",
     "yardsticks.least_kl": "the same",
 }

@@ -91,6 +91,15 @@ def test_an_adapter_with_a_part_of_the_base_in_it_is_refused():
         go_back(with_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")), 0.5)
 
 
+def test_a_whole_model_needs_its_own_base():
+    with pytest.raises(ValueError, match="a whole model goes back to a base: give it"):
+        go_back(tiny(1), 0.5)
+    other = tiny(0)
+    other.resize_token_embeddings(other.config.vocab_size + 3)
+    with pytest.raises(ValueError, match="the base has other parameters than the model"):
+        go_back(tiny(1), 0.5, other)
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
 def test_a_fraction_is_from_0_to_1(fraction):
     with pytest.raises(ValueError, match="fraction must be from 0 to 1"):

@@ -81,6 +81,8 @@ def test_completions_that_would_be_cut_are_refused_but_for_their_added_end():
     def tokenized(*lengths):
         return Dataset.from_dict({"chosen_ids": [[5] * n for n in lengths], "rejected_ids": [[6] * 2] * len(lengths)})
 
-    assert [len(ids) for ids in without_added_ends(tokenized(3, 5), 4)["chosen_ids"]] == [3, 4]
+    for lengths, sampled in (((3, 5), False), ((3, 7), True)):  # a word that was cut is spelt in more tokens
+        found = without_added_ends(tokenized(*lengths), 4, sampled)
+        assert [len(ids) for ids in found["chosen_ids"]] == [3, 4]
     with pytest.raises(ValueError, match="max_completion_length 4: a completion of the pairs has 9 tokens"):
-        without_added_ends(tokenized(3, 9), 4)
+        without_added_ends(tokenized(3, 9), 4, sampled=False)

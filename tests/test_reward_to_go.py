@@ -103,6 +103,29 @@ def test_gradient(enumerated, discount, completions, lora):  # noqa: F811
         torch.testing.assert_close(t.gradient(sum(terms)), wanted, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("discount", [1.0, 0.6])
+def test_beyond_the_clip_range_a_token_goes_by_its_own_advantage(enumerated, discount):  # noqa: F811
+    """The second pass of a batch: the smaller of ratio times advantage and clipped ratio times advantage, by token."""
+    trainer = rewarded(enumerated(num_iterations=2), FIXED)
+    seam_of(trainer).beta = 0.0
+    use_reward_to_go(trainer, discount)
+    then = Tables(trainer)
+    then = torch.stack([then.p1[a] + then.p2[a, b] for a, b in FIXED]).detach()
+    found = trained_gradient(trainer, FIXED, between=lambda trainer: move(trainer, seed=2, far=0.3))
+    t = Tables(trainer)
+    now = torch.stack([t.p1[a] + t.p2[a, b] for a, b in FIXED])
+    decode = partial(trainer.processing_class.decode, skip_special_tokens=True)
+    first, both = (torch.tensor([worth(decode(ids[:n])) for ids in FIXED], dtype=now.dtype) for n in (1, 2))
+    earned = torch.stack([first + discount * (both - first), both - first], dim=1)
+    advantage, ratio = earned - earned.mean(0), (now.detach() - then).exp().unsqueeze(1)
+    clipped = ratio.clamp(1 - trainer.epsilon_low, 1 + trainer.epsilon_high)
+    kept = ratio * advantage <= clipped * advantage
+    logps = torch.stack([torch.stack([t.p1[a], t.p2[a, b]]) for a, b in FIXED])
+    pushed = (then.exp().unsqueeze(1) * ratio * advantage * kept * logps).sum()
+    torch.testing.assert_close(found, -t.gradient(pushed), atol=1e-6, rtol=0)
+    assert 3 < (kept.all(1)).sum() < 22 and (kept.any(1) & ~kept.all(1)).any()  # of 25: texts cut, and half cut
+
+
 @pytest.mark.parametrize("penalty", [None, ("k3", "loss"), ("exact", "both")], ids=["stock", "k3", "exact"])
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"])
 def test_gradient_of_grpo(grpo_enumerated, loss_type, penalty):  # noqa: F811
@@ -213,7 +236,7 @@ def test_beside_one_by_token_a_reward_of_whole_texts_is_credited_as_trl_does(
     trainer.reward_func_names, trainer.reward_weights = ["nothing", "whole"], torch.tensor([1.0, 3.0])
     trainer.reward_processing_classes = [None] * 2
     told, seam = [], seam_of(trainer)
-    seam.changes.append(lambda output: told.append(output["advantages"].clone()))
+    seam.changes["told"] = lambda output: told.append(output["advantages"].clone())
     use_reward_to_go(trainer, discount)
     give, credited = seam.credit_tokens, []
     seam.credit_tokens = lambda *asked: credited.append(give(*asked)) or credited[-1]
@@ -265,7 +288,7 @@ def test_where_no_reward_scores_prefixes_it_says_so(enumerated):  # noqa: F811
     trainer.reward_funcs = [lambda completions, **columns: [0.0] * len(completions)]
     with pytest.warns(KLWarning, match="reward_discount does nothing: of <lambda> none has `scores_prefixes = True`"):
         use_reward_to_go(trainer)
-    assert seam_of(trainer).changes == []
+    assert not seam_of(trainer).changes
 
 
 def test_refusals(enumerated, grpo_enumerated):  # noqa: F811

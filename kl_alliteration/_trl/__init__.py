@@ -43,14 +43,14 @@ What is leaned on, each guarded by `tests/test_trl_seam.py`, or `tests/test_grpo
 from trl import GRPOTrainer
 
 from .asking import end_training
-from .baseline import leave_baseline_out, spreads_in_groups
+from .baseline import last_reward_std, last_rewards, leave_baseline_out, spreads_in_groups
 from .engine import listen_to_engine
 from .grpo import GRPOSeam
 from .prefixes import partial_rewards, rewards_of_nothing, scores_prefixes
 from .proof import drops, rotary_by_length
 from .reference import why_off_is_not_the_base
 from .rloo import RLOOSeam
-from .seam import Seam, UnknownTRLError, forget_batches, last_completions, last_reward_std, last_rewards
+from .seam import Seam, UnknownTRLError, forget_batches, last_completions
 
 __all__ = [
     "Seam",

@@ -6,7 +6,7 @@ from trl.trainer.utils import nanstd
 
 def leave_baseline_out(seam) -> None:
     """Of an RLOO trainer's seam, from now on."""
-    seam.changes.append(lambda output: output.update(advantages=without_baseline(seam, output["advantages"])))
+    seam.changes["baseline"] = lambda output: output.update(advantages=without_baseline(seam, output["advantages"]))
 
 
 def without_baseline(seam, advantages: torch.Tensor) -> torch.Tensor:
@@ -57,3 +57,15 @@ def share_of_ties(trainer, rewards: torch.Tensor) -> float:
     )
     spread = nanstd(groups, dim=1) if groups.shape[1] > 1 else torch.zeros_like(groups[:, 0])
     return spread.isclose(torch.zeros_like(spread)).float().mean().item()
+
+
+def last_rewards(seam) -> torch.Tensor:
+    """Of the last generation batch, over all processes, without the penalty: (B of all,), as [`weighted`]."""
+    return weighted(seam.trainer, seam.batch.rewards).cpu()  # not TRL's log, in which functions of a name are one
+
+
+def last_reward_std(seam) -> float:
+    """Spread of the last rewards that apply; 0 where none does."""
+    rewards = last_rewards(seam)
+    rewards = rewards[~rewards.isnan()]
+    return rewards.std(correction=0).item() if len(rewards) else 0.0

@@ -93,7 +93,8 @@ class GRPOSeam(PenaltySeam):
         return self._finish(output, batch.rollout)
 
     def _finish(self, output: dict, rollout: kl.Rollout | None) -> dict:
-        for change in self.changes:
+        self._check_rows(output)
+        for change in self.changes.values():
             change(output)
         self.tell(rollout, output.get("sampling_per_token_logps"))
         return output
@@ -106,7 +107,7 @@ class GRPOSeam(PenaltySeam):
 
     def get_logps(self, model, *asked, **kwargs):
         """TRL's method, its results recorded: in a generation batch off policy the policy's, then the reference's."""
-        if self.loss_pass is not None:
+        if self.loss_pass is not None and self.loss_pass.asks(model):
             self.loss_pass.scored = self._score_for_loss(model, *asked, **kwargs)
             return self.loss_pass.scored.results
         batch = self.batch
@@ -121,8 +122,7 @@ class GRPOSeam(PenaltySeam):
 
     def calculate_rewards(self, *args, **kwargs):
         rewards, batch = self.stock.calculate_rewards(*args, **kwargs), self.batch
-        if batch is not None:
-            batch.rewards, batch.rewarded = rewards, (args[0], args[2])
+        self.keep_rewards(rewards, *args, **kwargs)
         if batch is None or not batch.under_way or not batch.scored:
             return rewards
         self._make_rollout()
@@ -158,7 +158,7 @@ class GRPOSeam(PenaltySeam):
             rollout = dataclasses.replace(rollout, completion_mask=rollout.completion_mask * own)
         if batch.graph is not None and self.in_loss:
             rollout = dataclasses.replace(rollout, graphs=batch.estimates)
-        batch.rollout, batch.ref_head = rollout, reference.head
+        batch.rollout, batch.ref_head = rollout, self._head_of(reference)
 
     def _put_right(self, output: dict) -> None:
         """The log's rewards without the penalty in them; the spread by which TRL has divided, for the loss's half."""
@@ -176,7 +176,7 @@ class GRPOSeam(PenaltySeam):
         return output["advantages"]
 
     def compute_loss(self, model, inputs):
-        beta, self.loss_pass = self.beta, (loss_pass := LossPass(inputs.get("kl_row")))
+        beta, self.loss_pass = self.beta, (loss_pass := LossPass(model, inputs.get("kl_row")))
         ours = not self.is_stock and beta != 0
         try:
             self.beta = 0.0 if ours else beta  # TRL leaves its own penalty out

@@ -21,7 +21,9 @@ class Batch:
     own_tokens: list | None = None  # masks of the completions' tokens: 0 where a tool wrote
     rollout: kl.Rollout | None = None
     rewards: torch.Tensor | None = None  # (B of all processes, functions)
-    rewarded: tuple | None = None  # what they are of: B rows of the data set, and their completions as TRL has them
+    rewarded: tuple | None = (
+        None  # what they are of: B rows of the data set, their completions as TRL has them, tokens
+    )
     penalty: torch.Tensor | None = None  # (B,), what beta is multiplied with in the reward
     ref_head: kl.LMHead | None = None
     graph: Scored | None = None  # the policy's score with its graph, for a loss that uses it
@@ -32,12 +34,17 @@ class Batch:
 
 @dataclass
 class LossPass:
-    """One micro-batch's loss under way: its rows of the batch, and the policy's score."""
+    """One micro-batch's loss under way: the policy, its rows of the batch, and its score."""
 
+    model: torch.nn.Module
     rows: torch.Tensor | None
     weigh: Callable | None = None  # (B, T) log-probabilities -> (B, T) weights of their gradients, or `None`
     scored: Scored | None = None
     logps: torch.Tensor | None = None  # (B, T), the policy's, the gradient of each token weighted
+
+    def asks(self, model) -> bool:
+        """Whether this is TRL's own question, and not one that a subclass has beside it."""
+        return model is self.model and self.scored is None
 
     def take(self, scored: Scored) -> tuple:
         """What TRL makes its loss of."""
@@ -53,12 +60,15 @@ class PenaltySeam(Seam):
 
     def __init__(self, trainer):
         super().__init__(trainer)
-        self.changes: list[Callable[[dict], None]] = []  # of what a generation batch returns
+        self.changes: dict[str, Callable[[dict], None]] = {}  # of what a generation batch returns, one a name
         self.one_forward = False  # the loss uses the policy's scoring pass and its graph
         self.batch: Batch | None = None
         self.loss_pass: LossPass | None = None
 
     def use_penalty(self, penalty) -> None:
+        if self.price.with_penalty:
+            owner = self.price.owner
+            raise ValueError(f"{owner} has set the penalty: hand it this one, {owner}(penalty=...)")
         self.check_reference()
         if penalty.full_vocabulary:
             self.scorer.need_hidden_states(with_gradient=penalty.in_loss)
@@ -105,6 +115,22 @@ class PenaltySeam(Seam):
     def in_loss(self) -> bool:
         return self.penalty is not None and self.penalty.in_loss
 
+    def keep_rewards(self, rewards: torch.Tensor, rows, prompts, completions, completion_ids) -> None:
+        if self.batch is not None:
+            self.batch.rewards, self.batch.rewarded = rewards, (rows, completions, completion_ids)
+
+    def _check_rows(self, output: dict) -> None:
+        """What is kept of a batch, for its loss and for its tokens' credit, is of the rows as they were rewarded."""
+        if not (self.in_loss or self.changes):
+            return
+        found, rewarded = output["completion_ids"].tolist(), [list(ids) for ids in self.batch.rewarded[2]]
+        if len(found) != len(rewarded) or any(a[: len(b)] != b for a, b in zip(found, rewarded, strict=True)):
+            raise ValueError(
+                f"{type(self.trainer).__name__} returns other rows of a batch than were rewarded, or another order: a "
+                "penalty in the loss and credit by token are of those. Put the penalty into the reward, and give the "
+                "texts that shall not count no reward"
+            )
+
     def _keep_for_loss(self, output: dict) -> None:
         """What the loss needs of the batch goes among that which TRL shuffles and splits."""
         batch = self.batch
@@ -140,9 +166,16 @@ class PenaltySeam(Seam):
         hidden = scored.with_reference(inputs.get("kl_ref_hidden"), self.batch.ref_head)
         logps = scored.logps, inputs["kl_ref_logps"]
         penalty = self.penalty(kl.Rollout(*logps, inputs["completion_ids"], mask, hidden, known))
-        return penalty if old_logps is None else self.ratio(scored, mask, old_logps) * penalty
+        return penalty if old_logps is None else self.ratios(scored, mask, old_logps)[1] * penalty
 
-    def ratio(self, scored: Scored, mask: torch.Tensor, old_logps: torch.Tensor) -> torch.Tensor:
-        """(B,) of the policy over the one that sampled, within the clip range."""
+    def ratios(self, scored: Scored, mask: torch.Tensor, old_logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B,) of the policy over the one that sampled, and the same within the clip range."""
         ratio = ((scored.results[0].detach() * mask).sum(1) - old_logps).exp()
-        return ratio.clamp(1 - self.trainer.epsilon_low, 1 + self.trainer.epsilon_high)
+        return ratio, ratio.clamp(1 - self.trainer.epsilon_low, 1 + self.trainer.epsilon_high)
+
+    def _head_of(self, reference: Scored) -> kl.LMHead | None:
+        """The reference's head for a loss: a copy where it moves, or PEFT exchanges it, between a batch's updates."""
+        head, moves = reference.head, self.trainer.args.sync_ref_model or self.scorer.head_of_peft
+        if head is None or not (moves and self.in_loss) or self.is_one_update:
+            return head
+        return replace(head, weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())

@@ -24,7 +24,7 @@ def partial_rewards(seam, ids: torch.Tensor, mask: torch.Tensor, step: int) -> t
     Returns:
         Two tensors (B, K): the rewards, and the last token of each prefix. NaN where the completion has no reward.
     """
-    trainer, (rows, completions) = seam.trainer, seam.batch.rewarded
+    trainer, (rows, completions, _) = seam.trainer, seam.batch.rewarded
     accelerator = trainer.accelerator
     lengths, points = mask.sum(1), torch.arange(step, ids.shape[1] + step, step, device=ids.device)  # (B,), (K,)
     b, k = (points < lengths.unsqueeze(1)).nonzero(as_tuple=True)  # the M prefixes that are not whole

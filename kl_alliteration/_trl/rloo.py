@@ -60,7 +60,8 @@ class RLOOSeam(PenaltySeam):
             raise unknown_order(
                 f"asked for log-probabilities {len(batch.scored)} times in a generation batch, expected {expected}"
             )
-        for change in self.changes:
+        self._check_rows(output)
+        for change in self.changes.values():
             change(output)
         batch.under_way, batch.scored, rollout = False, [], batch.rollout
         self._keep_for_loss(output)
@@ -74,13 +75,12 @@ class RLOOSeam(PenaltySeam):
 
     def calculate_rewards(self, *args, **kwargs):
         rewards = self.stock.calculate_rewards(*args, **kwargs)
-        if self.batch is not None:
-            self.batch.rewards, self.batch.rewarded = rewards, (args[0], args[2])
+        self.keep_rewards(rewards, *args, **kwargs)
         return rewards
 
     def get_logps(self, model, *asked, **kwargs):
         """TRL's method, its results recorded. A generation batch's second call is the reference's, or replaces it."""
-        if self.loss_pass is not None:
+        if self.loss_pass is not None and self.loss_pass.asks(model):
             return self.loss_pass.take(self._score_for_loss(model, *asked, **kwargs))
         batch = self.batch
         if batch is None or not batch.under_way:
@@ -119,7 +119,7 @@ class RLOOSeam(PenaltySeam):
 
     def _make_rollout(self, reference: Scored, model, *asked, **kwargs) -> None:
         batch, base_logps = self.batch, self.scorer.base_logps(model, *asked, **kwargs)
-        batch.ref_head = reference.head
+        batch.ref_head = self._head_of(reference)
         batch.rollout = self.scorer.rollout(batch.scored[0], reference, *asked[:2], base_logps)
         if batch.graph is not None and self.in_loss:
             batch.rollout = replace(batch.rollout, graphs=batch.estimates)
@@ -137,7 +137,7 @@ class RLOOSeam(PenaltySeam):
         return weights * trusted(logps, inputs)
 
     def compute_loss(self, model, inputs):
-        self.loss_pass = loss_pass = LossPass(inputs.get("kl_row"), partial(self.token_weights, inputs))
+        self.loss_pass = loss_pass = LossPass(model, inputs.get("kl_row"), partial(self.token_weights, inputs))
         loss = self.stock.compute_loss(model, inputs)
         scored, self.loss_pass = loss_pass.scored, None
         if scored is not None:
@@ -145,7 +145,20 @@ class RLOOSeam(PenaltySeam):
         if self.in_loss and self.beta != 0:
             penalty = self._penalty_of_loss(loss_pass, inputs, inputs["completion_mask"], inputs["old_logps"])
             loss = loss + self.beta * (penalty * inputs.get("kl_text_weights", 1.0)).mean()
-        if "kl_credit" in inputs:  # a value of 0, and the gradient of each token's own part of the advantage
-            own = inputs["kl_credit"] * (loss_pass.logps - loss_pass.logps.detach())
-            loss = loss - (self.ratio(scored, inputs["completion_mask"], inputs["old_logps"]) * own.sum(1)).mean()
+        if "kl_credit" in inputs:
+            loss = loss - self._credit_of_loss(loss_pass, inputs)
         return self.checked(loss)
+
+    def _credit_of_loss(self, loss_pass: LossPass, inputs: dict) -> torch.Tensor:
+        """A value of 0, and the gradient of each token's own advantage in place of its completion's.
+
+        TRL's loss has the smaller of ratio times advantage and clipped ratio times advantage, so that a completion
+        beyond the clip range has no gradient that would move it further: a token has none by its own advantage.
+        """
+        ratio, clipped = self.ratios(loss_pass.scored, inputs["completion_mask"], inputs["old_logps"])
+        ratio, clipped, of_text = (each.unsqueeze(1) for each in (ratio, clipped, inputs["advantages"]))
+        by_token, by_text = (
+            torch.where(ratio * each <= clipped * each, ratio * each, 0.0)
+            for each in (of_text + inputs["kl_credit"], of_text)
+        )
+        return ((by_token - by_text) * (loss_pass.logps - loss_pass.logps.detach())).sum(1).mean()

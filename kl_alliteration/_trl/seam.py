@@ -9,7 +9,6 @@ import torch
 import trl
 
 from .. import kl
-from .baseline import weighted
 from .scoring import Scorer
 
 READ_FROM = "1.16.0"
@@ -47,7 +46,9 @@ def check_trainer(trainer, needs: tuple[str, ...] = ()) -> None:
 class Price:
     """What beta is made of."""
 
-    asked: float | None = None  # by what moves it; `None` is the trainer's own option
+    owner: str | None = None  # the callback that moves it
+    with_penalty: bool = False  # and the penalty's budget
+    asked: float | None = None  # by that; `None` is the trainer's own option
     stronger: float = 1.0  # times that, by rollbacks of a guard
 
 
@@ -114,6 +115,14 @@ class Seam:
         """Whether a generation batch is within one update: the policy that learns of it is the one that sampled it."""
         return self.trainer.args.gradient_accumulation_steps % self.passes == 0
 
+    def own_price(self, owner: str, penalty=None) -> None:
+        """Let one callback move beta, and with a `penalty` that too; `ValueError` where another does already."""
+        if self.price.owner is not None:
+            raise ValueError(f"beta is moved by {self.price.owner} already: {owner} wants a trainer of its own")
+        if penalty is not None:
+            self.use_penalty(penalty)
+        self.price.owner, self.price.with_penalty = owner, penalty is not None
+
     def charge(self, beta: float | None) -> None:
         """Let beta be what is asked for, times what rollbacks have come to."""
         self.price.asked = beta
@@ -148,8 +157,10 @@ class Seam:
     def log_rollout_kl(self, logps: torch.Tensor, mask: torch.Tensor, old_logps: torch.Tensor | None) -> None:
         """`kl/rollout_per_sequence` of a micro-batch: how far the policy is from the one that sampled it, (B,)."""
         if self.watch_rollout_policy and self.trainer.model.training and old_logps is not None:
-            moved = self.trainer.accelerator.gather(old_logps - (logps.detach() * mask).sum(1)).mean().item()
-            self.metrics["kl/rollout_per_sequence"].append(moved)
+            gather = self.trainer.accelerator.gather
+            moved = gather(old_logps - (logps.detach() * mask).sum(1))[gather(mask.sum(1)) > 0]
+            if len(moved):
+                self.metrics["kl/rollout_per_sequence"].append(moved.mean().item())
 
     def mean_per_token(self, values: torch.Tensor, mask: torch.Tensor) -> float:
         """Mean of (B, T) values over the counted tokens of all processes: sums and counts are reduced, not means."""
@@ -186,15 +197,3 @@ def last_completions(trainer) -> tuple[list, list, dict[str, list[float]]]:
 def forget_batches(trainer) -> None:
     """Make `train` begin with a new generation batch, as a new trainer's would."""
     trainer._step, trainer._buffered_inputs = 0, None
-
-
-def last_rewards(trainer) -> torch.Tensor:
-    """Of the last generation batch, over all processes, without the penalty: (B of all,), as [`weighted`]."""
-    return weighted(trainer, torch.tensor(list(trainer._logs["rewards"].values())).T)
-
-
-def last_reward_std(trainer) -> float:
-    """Spread of the last rewards that apply; 0 where none does."""
-    rewards = last_rewards(trainer)
-    rewards = rewards[~rewards.isnan()]
-    return rewards.std(correction=0).item() if len(rewards) else 0.0

@@ -123,7 +123,8 @@ class KLHealthCallback(TrainerCallback):
 
     It reads what the trainer logs, [`KLMonitorCallback`]'s numbers too where there are any, and looks at the trainer
     itself: the gradient of the penalty, how it samples, dropout, a reference that moves. A spike or a number that is
-    not finite comes with the text that is furthest from the reference. Lines go to the logger
+    not finite comes with the text that is furthest from the reference; under GRPO's own penalty, where a
+    [`KLMonitorCallback`] or another has its batches scored. Lines go to the logger
     `kl_alliteration.health`, alarms as warnings, notes and the summary as information, and to the screen where the
     script's logging would not show them; a level of that logger's own makes it quiet. `findings` holds them, and
     `health.json` in the output directory.

@@ -126,7 +126,7 @@ class EfficiencyCallback(TrainerCallback):
                 rollout.per_token_kl("exact" if rollout.hidden is not None else "k1"),
             )
             counted = self.trainer.accelerator.gather(mask.sum(-1)).cpu() > 0
-            rewards = last_rewards(self.trainer)[-len(counted) :][counted]
+            rewards = last_rewards(self.seam)[-len(counted) :][counted]
             columns = (self.seam.of_texts(values, mask).tolist() for values in (rollout.ref_log_ratio, spent))
             self.seen.extend(zip(rewards.tolist(), *columns, strict=True))
 

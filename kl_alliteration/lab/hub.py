@@ -8,12 +8,16 @@ from accelerate import PartialState
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from trl import is_conversational
 
-from ..adapters import EMBEDDED, check_agreement, load_adapter, probe, read_origin
+from .._trl import scores_prefixes
+from ..adapters import EMBEDDED, check_agreement, is_hub_id, load_adapter, probe, read_origin
 from ..evaluation import Judgement
 from ..story_lm import MODEL_PATH
+from .options import OnlineArguments, StoryArguments
 from .pages import TEMPLATES, escaped, quoted
 
+EMBEDDED_IN_WORDS = "the story model inside kl_alliteration"
 # Checkpoints have their own places on the Hub (hub_strategy), and nobody should have to unpickle options.
 LEFT_OUT = ["_*", "checkpoint-*", "training_args.bin"]
 
@@ -55,7 +59,32 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}".rstrip(": ")
 
 
-def write_card(folder: Path, trainer, penalty: str, rewards: list[str], before: Judgement, after: Judgement) -> None:
+def penalty_in_words(trainer, args: StoryArguments) -> str:
+    """What the card says of the penalty, its price with the unit."""
+    if not isinstance(args, OnlineArguments):
+        return f"the implicit one of DPO, beta {trainer.beta:g} per nat of the sequence"
+    if args.target_kl_per_sequence is not None:
+        words = f"{args.penalty.in_words()}, held at {args.target_kl_per_sequence:g} nats"
+    else:
+        words = args.penalty.in_words(trainer.beta)
+    if args.penalty.placement == "loss" and getattr(trainer, "scale_rewards", "none") != "none":
+        words += ", beside rewards over their spread"
+    if args.kl_controller != "fixed":
+        words += f", moved by `{args.kl_controller}` to hold {args.target_kl_per_token:g} nats per token"
+    if args.reward_discount is not None and any(map(scores_prefixes, trainer.reward_funcs)):
+        words += f"; reward by token, discount {args.reward_discount:g}"
+    return words + ("; KL by token" if args.kl_to_go else "")
+
+
+def write_card(
+    folder: Path,
+    trainer,
+    penalty: str,
+    rewards: list[str],
+    before: Judgement,
+    after: Judgement,
+    temperature: float = 1.0,
+) -> None:
     """`README.md`: what the model is, how it was trained, numbers and stories before and after, how to load it."""
     repo_id, trained_with = trainer.hub_model_id, type(trainer).__name__
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -63,7 +92,7 @@ def write_card(folder: Path, trainer, penalty: str, rewards: list[str], before: 
     base = model.peft_config["default"].base_model_name_or_path if adapter else model.config.name_or_path
     if base and Path(base).is_dir() and Path(base).samefile(MODEL_PATH):  # a whole model's is a path
         base = EMBEDDED
-    on_hub = bool(base) and base != EMBEDDED and not Path(base).is_dir()
+    on_hub = bool(base) and base != EMBEDDED and is_hub_id(base)
     data = ModelCardData(
         base_model=base if on_hub else None,
         library_name="peft" if adapter else "transformers",
@@ -72,7 +101,7 @@ def write_card(folder: Path, trainer, penalty: str, rewards: list[str], before: 
         model_name=repo_id.split("/")[-1],
     )
     if base == EMBEDDED:
-        base = "the story model inside kl_alliteration"
+        base = EMBEDDED_IN_WORDS
     elif not on_hub:
         base = escaped(Path(base).name)
     if not adapter:
@@ -81,6 +110,11 @@ def write_card(folder: Path, trainer, penalty: str, rewards: list[str], before: 
         loader = "peft", "AutoPeftModelForCausalLM.from_pretrained"
     else:
         loader = "kl_alliteration.adapters", "load_adapter"
+    ours = adapter and not on_hub and base != EMBEDDED_IN_WORDS  # the base is a folder of whoever trained it
+    where = f"path/to/{base}"
+    told = [f"--model_name_or_path {repo_id}", *([f"--base_model_name_or_path {where}"] if ours else [])]
+    told += ["--chat"] if is_conversational(next(iter(trainer.train_dataset))) else []
+    told += [f"--temperature {temperature:g}"] if temperature != 1 else []
     names = ("reward_mean", "pairs_per_100_words", "kl_per_token", "kl_per_sequence", "different_share", "distinct_2")
     names += ("entropy_per_token", "ended_share", "mean_length")
     extra = ("exact_kl_per_sequence", "efficiency", "effective_plots", "most_told_share")
@@ -100,7 +134,9 @@ def write_card(folder: Path, trainer, penalty: str, rewards: list[str], before: 
         stories_judged=after.stories,
         rows=[(name, *("-" if v is None else f"{v:.3f}" for v in values)) for name, *values in rows],
         loader=loader,
-        repo_id=repo_id,
+        loaded=f'"{repo_id}"' + (f', base="{where}"' if ours else ""),
+        told=" ".join(told),
+        adapter=adapter,
         stories={
             "Before": [quoted(text) for text in before.texts[:3]],
             "After": [quoted(text) for text in after.texts[:3]],
@@ -113,7 +149,7 @@ def push(trainer, folder: Path) -> bool:
     """Push a finished run's folder, load it back and compare; on failure the one command that does it later.
 
     Returns:
-        `bool`: whether the model on the Hub is the one in memory.
+        `bool`: whether the model on the Hub is the one in memory. Takes the mixed precision of training off that.
     """
     args, repo = trainer.args, trainer.hub_model_id
     try:
@@ -135,13 +171,20 @@ def push(trainer, folder: Path) -> bool:
         print(f"error: not pushed to the Hub ({one_line(error)}). Nothing is lost: it is all in {folder}. Later:")
         print(shlex.join(later))
         return False
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    own = model.get_base_model() if isinstance(model, PeftModel) else model
     options = {"dtype": model.dtype, "trust_remote_code": args.trust_remote_code}
-    if isinstance(model, PeftModel):
-        here = model.get_base_model().config.name_or_path  # the very weights, where the base came from a folder
-        back = load_adapter(repo, here if Path(here).is_dir() else None, adapter_revision=commit.oid, **options)
-    else:
-        back = AutoModelForCausalLM.from_pretrained(repo, revision=commit.oid, **options)
-    difference = check_agreement(probe(back.eval()), probe(model), model.dtype, f"the model at {repo}")
+    if (quantization := getattr(own.config, "quantization_config", None)) is not None:
+        options["quantization_config"] = quantization
+    try:
+        if isinstance(model, PeftModel):
+            here = own.config.name_or_path  # the very weights, where the base came from a folder
+            back = load_adapter(repo, here if Path(here).is_dir() else None, adapter_revision=commit.oid, **options)
+        else:
+            back = AutoModelForCausalLM.from_pretrained(repo, revision=commit.oid, **options)
+        difference = check_agreement(probe(back.eval()), probe(model), model.dtype, f"the model at {repo}")
+    except Exception as error:
+        print(f"error: pushed to {commit.repo_url}, and what was loaded back is not it ({one_line(error)})")
+        return False
     print(f"Pushed to {commit.repo_url}, loaded back: log-probabilities agree ({difference:.1g} nats)")
     return True

@@ -34,8 +34,9 @@ def load_tokenizer(args: StoryArguments, model_args, training_args):
     name = args.tokenizer_name_or_path or TOKENIZER_OF.get(
         model_args.model_name_or_path, model_args.model_name_or_path
     )
+    own = {"revision": model_args.model_revision} if name == model_args.model_name_or_path else {}
     tokenizer = AutoTokenizer.from_pretrained(
-        name, padding_side="left", trust_remote_code=training_args.trust_remote_code
+        name, padding_side="left", trust_remote_code=training_args.trust_remote_code, **own
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

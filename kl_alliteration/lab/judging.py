@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import yaml
 from accelerate import PartialState
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +20,7 @@ from .checked_rewards import ranking_reward
 from .gguf import as_folder
 from .inputs import load_held_out, load_prompts
 from .options import ALLITERATION, StoryArguments
+from .pairs import prompts_of, read_pairs
 
 # Columns of a preference data set that no reward is handed, and what a trainer adds to its rows.
 NO_COLUMNS = ("prompt", "chosen", "rejected", "completion", "prompt_ids", "chosen_ids", "rejected_ids")
@@ -81,14 +83,15 @@ def load_run(folder: str | Path, fraction: float = 1.0, untrained: bool = False)
     named, adapter = options.get("model_name_or_path"), options.get("adapter_name_or_path")
     if named is None and (is_adapter(str(folder)) or adapter):  # then the base is the adapter's
         named = base_of(PeftConfig.from_pretrained(folder if is_adapter(str(folder)) else adapter))
-    base = as_folder(named or str(MODEL_PATH))
+    base, trusts = as_folder(named or str(MODEL_PATH)), {"trust_remote_code": options.get("trust_remote_code", False)}
+    at = trusts | {"revision": options.get("model_revision", "main")}
     device, reference = PartialState().device, None
     if is_adapter(str(folder)) and not untrained:
-        model = load_adapter(str(folder), base)
+        model = load_adapter(str(folder), base, **trusts)  # which knows the revision of its base
     else:
-        model = AutoModelForCausalLM.from_pretrained(base if untrained else folder)
+        model = AutoModelForCausalLM.from_pretrained(base if untrained else folder, **(at if untrained else trusts))
         if not untrained:
-            reference = AutoModelForCausalLM.from_pretrained(base).eval()
+            reference = AutoModelForCausalLM.from_pretrained(base, **at).eval()
     go_back(model, fraction, reference)
     return model.to(device).eval(), None if reference is None else reference.to(device)
 
@@ -114,7 +117,10 @@ def judge_run(
     named = {name: getattr(StoryArguments, name, None) for name in names}
     named |= {"dataset_train_split": "train", "prompt": PROMPT}
     given = SimpleNamespace(**named | {k: options[k] for k in named if k in options})
-    prompts = load_held_out(given) or load_prompts(given, 1)
+    if options.get("pairs_from"):  # the prompts of DPO's pairs
+        prompts = Dataset.from_list(prompts_of(read_pairs(options["pairs_from"])))
+    else:
+        prompts = load_held_out(given) or load_prompts(given, 1)
     rows = [prompts[i % len(prompts)] for i in range(stories)]
     shared = options.get("chat_template_kwargs") or {}
     shared = json.loads(shared) if isinstance(shared, str) else shared

@@ -128,17 +128,18 @@ def longest(pairs: Dataset, tokenizer, max_completion_length: int) -> int:
     return max(map(len, tokenize_rows(tokenizer, list(rows.values())))) + max_completion_length
 
 
-def without_added_ends(tokenized: Dataset, max_completion_length: int) -> Dataset:
+def without_added_ends(tokenized: Dataset, max_completion_length: int, sampled: bool) -> Dataset:
     """A `DPOTrainer`'s own pairs, no completion of more tokens than were sampled.
 
-    TRL ends every completion with an end of text, also one that was cut off at `max_completion_length`.
+    TRL ends every completion with an end of text, also one that was cut off at `max_completion_length`. And a text's
+    tokens may be some more than those that it was `sampled` as, within a word or a character that was cut most of all.
 
     Raises:
-        `ValueError`: for a completion that is longer, of a file of pairs.
+        `ValueError`: for a completion that is longer, of a file of pairs, which may be of another length.
     """
     sides = ("chosen_ids", "rejected_ids")
     tokens = max(len(ids) for side in sides for ids in tokenized[side])
-    if tokens > max_completion_length + 1:
+    if tokens > max_completion_length + 1 and not sampled:
         raise ValueError(
             f"max_completion_length {max_completion_length}: a completion of the pairs has {tokens} tokens, and would "
             "be cut; give the length that they were sampled with"

@@ -36,6 +36,8 @@ OLD_NAMES = {
 HAS_NEW_NAMES = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
 RENAMED = OLD_NAMES if HAS_NEW_NAMES else {new: old for old, new in OLD_NAMES.items()}
 
+JUDGED_BY = ("max_completion_length", "temperature")  # by `judge_run`, which knows no trainer's defaults
+
 # What a target on the command line sets or stands in place of, and what it is then: a file's do not count.
 SET_BY_TARGET = {"kl_budget_per_token": None, "kl_within_budget": 0.0, "kl_opening_tokens": 0, "kl_opening_price": 0.0}
 # And how its reward and KL are credited, where nothing wants one advantage of a text: the same objective, less noise.
@@ -113,7 +115,7 @@ class RecipeParser(TrlParser):
             if f"--{name}" in self.words:
                 raise ValueError(f"{name} needs {needs}: it does nothing here")
         # Before the dataclasses derive more from them: what is given, in a file or on the command line.
-        given = {k: v for k, v in vars(self.namespace).items() if v != stock[k]}
+        given = {k: v for k, v in vars(self.namespace).items() if v != stock[k] or k in JUDGED_BY}
         self.given, self.hidden = secrets.without(given), secrets.values_of(given)
         for each in parsed:
             secrets.move_to_environment(vars(each))

@@ -20,7 +20,7 @@ def check_trainer_options(training_args, starts_from: list[str], adapter: bool) 
     check_vllm(training_args, starts_from[0])
     folder = Path(training_args.output_dir)
     for path in map(Path, starts_from):
-        path = path.with_suffix("") if path.suffix == ".gguf" else path  # which is converted into that folder
+        path = path.with_suffix("") if path.suffix.lower() == ".gguf" else path  # which is converted into that folder
         if folder.resolve() == path.resolve():
             raise ValueError(f"output_dir: {str(folder)!r} is the model that the run starts from: name another folder")
     if folder.exists() and not folder.is_dir():

@@ -17,7 +17,7 @@ from transformers import ProgressCallback
 from trl import ModelConfig
 
 from .._trl import leave_baseline_out, scores_prefixes, seam_of
-from ..adapters import REFERENCE, check_trains, name_base, save_stacked
+from ..adapters import REFERENCE, check_trains, commit_of, name_base, save_stacked
 from ..control import KLControlCallback
 from ..credit import use_kl_to_go, use_reward_to_go
 from ..evaluation import Judgement, tokenize_prompts
@@ -42,7 +42,7 @@ from .checks import check_options
 from .figures import plot_curves
 from .frontier import EfficiencyCallback, efficiency_of, read_base_rewards, reference_stays, sampled_as
 from .gguf import as_folder
-from .hub import push, write_card
+from .hub import penalty_in_words, push, write_card
 from .inputs import check_lengths, load_held_out, load_policy, load_prompts, load_tokenizer, share_template_options
 from .judging import judge_policy, total_reward
 from .options import CONTROLLERS, LATEST, REFERENCES, OnlineArguments, PairArguments, StoryArguments
@@ -51,10 +51,11 @@ from .parser import RecipeParser, parse_recipe, say, write_recipe
 from .plot_labels import plots_of
 from .progress import MetricsFileCallback, StoryProgressCallback, StoryTableCallback, clear_screen_of_libraries, shown
 from .runs import (
+    CARD,
     STORIES,
     as_json,
     begin_record,
-    is_ours,
+    is_theirs,
     last_checkpoint,
     read_record,
     remember,
@@ -183,11 +184,6 @@ def run_training(trainer, **facts) -> dict:
     return {"collapse": guards[0].collapse, "last_good_checkpoint": guards[0].last_good} if guards else {}
 
 
-def is_theirs(path: Path) -> bool:
-    """Whether a `README.md`, of which PEFT writes one with every adapter, is there already and the user's own."""
-    return path.name == "README.md" and path.exists() and not is_ours(path.parent, path.name)
-
-
 def save_final(trainer, below: str | None = None) -> None:
     """The model or adapter into the output directory, each file at once: a killed run leaves the old one or the new.
 
@@ -205,7 +201,9 @@ def save_final(trainer, below: str | None = None) -> None:
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         if below is not None:
-            save_stacked(below, str(unfinished), str(unfinished))
+            base = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
+            named = base.config.name_or_path, commit_of(base)
+            save_stacked(below, *2 * [str(unfinished)], *named, trust_remote_code=trainer.args.trust_remote_code)
         made = [path for path in unfinished.iterdir() if path.is_file() and not is_theirs(folder / path.name)]
         earlier = set(read_record(folder).get("files", {})) - {"error.txt"}
         remove_ours(folder, *(earlier - {path.name for path in made}))
@@ -216,30 +214,18 @@ def save_final(trainer, below: str | None = None) -> None:
         write_record(folder, unfinished=None)
 
 
-def penalty_in_words(trainer, args: StoryArguments) -> str:
-    """What the card says of the penalty, its price with the unit."""
-    if not isinstance(args, OnlineArguments):
-        return f"the implicit one of DPO, beta {trainer.beta:g} per nat of the sequence"
-    if args.target_kl_per_sequence is not None:
-        words = f"{args.penalty.in_words()}, held at {args.target_kl_per_sequence:g} nats"
-    else:
-        words = args.penalty.in_words(trainer.beta)
-    if args.penalty.placement == "loss" and getattr(trainer, "scale_rewards", "none") != "none":
-        words += ", beside rewards over their spread"
-    if args.kl_controller != "fixed":
-        words += f", moved by `{args.kl_controller}` to hold {args.target_kl_per_token:g} nats per token"
-    if args.reward_discount is not None and any(map(scores_prefixes, trainer.reward_funcs)):
-        words += f"; reward by token, discount {args.reward_discount:g}"
-    return words + ("; KL by token" if args.kl_to_go else "")
-
-
 def push_run(trainer, args: StoryArguments, before: Judgement, after: Judgement) -> bool:
     """Write the card and push, from the main process. Returns whether the Hub's model equals the one in memory."""
     if not trainer.is_world_process_zero():
         return True
     folder = Path(trainer.args.output_dir)
     rewards = getattr(trainer, "reward_func_names", args.reward_funcs)
-    write_card(folder, trainer, penalty_in_words(trainer, args), rewards, before, after)
+    if is_theirs(folder / CARD):
+        say(trainer.args, f"{folder / CARD} is none that a run wrote: it stays, and no card is written")
+    else:
+        temperature = getattr(args, "temperature", None) or trainer.args.temperature  # DPO's are the recipe's
+        write_card(folder, trainer, penalty_in_words(trainer, args), rewards, before, after, temperature)
+        remember(folder, CARD)
     return push(trainer, folder)
 
 

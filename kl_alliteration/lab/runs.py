@@ -9,6 +9,8 @@ from pathlib import Path
 RECORD = "_made.json"  # of what a run made, by what it is known again; `_*` stays off the Hub
 STORIES = "stories.jsonl"  # all that were judged, a line each, `before` and `after`
 RESULTS = ("summary.json", STORIES, "stories.md", "curves.png")  # what a run leaves when it is over
+RESULTS += ("way.json", "way.png")  # and recipes/go_back.py
+CARD = "README.md"
 CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
 
 
@@ -235,6 +237,11 @@ def is_ours(folder: Path, name: str) -> bool:
     """Whether a run made this file, and nobody has written it since."""
     mark = mark_of(Path(folder, name))
     return mark is not None and read_record(folder).get("files", {}).get(name) == mark
+
+
+def is_theirs(path: Path) -> bool:
+    """Whether a `README.md`, of which PEFT writes one with every adapter, is there already and the user's own."""
+    return path.name == CARD and path.exists() and not is_ours(path.parent, path.name)
 
 
 def remove_ours(folder: Path, *names: str) -> None:

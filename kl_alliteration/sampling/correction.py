@@ -142,4 +142,4 @@ def use_sampler_correction(
         clipped = ((weights == cap) | (weights == 0)).to(weights)
         seam.metrics["kl/sampler_clipped_share"].append(seam.mean_per_token(clipped, mask))
 
-    seam.changes.append(correct)
+    seam.changes["sampler_correction"] = correct
