@@ -25,12 +25,14 @@ def read_dataset(args) -> Dataset:
     if path.is_file() and kind is None:
         raise ValueError(f"dataset_name: {name!r} must be one of {', '.join(KINDS)}, a folder or a Hub id")
     if path.is_file():
+        if args.dataset_config:
+            raise ValueError(f"dataset_config: {name!r} is a file, which has none")
         check_encoding(path)
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # it would print what is said below
     try:
         if path.is_file():
-            return load_dataset(kind, data_files=glob.escape(name), split="train")
+            return load_dataset(kind, data_files=glob.escape(name), split=args.dataset_train_split)
         return load_dataset(name, name=args.dataset_config, split=args.dataset_train_split)
     except Exception as error:
         cause = error.__cause__ or error

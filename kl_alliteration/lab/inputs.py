@@ -93,6 +93,8 @@ def load_held_out(args: StoryArguments) -> Dataset | None:
         return None
     named = copy.copy(args)
     named.dataset_name = args.eval_dataset_name
+    if Path(args.eval_dataset_name).is_file():  # all of it, whatever is trained on
+        named.dataset_config, named.dataset_train_split = None, "train"
     return load_prompts(named, 1)
 
 

@@ -55,6 +55,9 @@ class RecipeParser(TrlParser):
         self.scheduler: str | None = None  # and its lr_scheduler_type
         # All linear layers but the head, by PEFT's own finding; dropout would act in sampling and in every score.
         self.set_defaults(lora_target_modules=["all-linear"], lora_dropout=0.0)
+        for action in self._actions:  # of argparse no pair, which transformers makes one word
+            if action.dest == "reward_clip_range":
+                action.nargs, action.type, action.metavar = 2, float, ("LOW", "HIGH")
         if HAS_NEW_NAMES:
             self.set_defaults(**{new: self.get_default(old) for old, new in RENAMED.items()})
 
