@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import file_exists, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from . import kl
 from ._trl import why_off_is_not_the_base
@@ -132,6 +132,16 @@ def load_adapter(
         )
     except RuntimeError as error:  # of torch: sizes that differ
         raise ValueError(f"the adapter {name} does not fit {base or known}: {str(error).splitlines()[-1]}") from None
+
+
+def tokenizer_of(name: str, model: PeftModel | PreTrainedModel, **options):
+    """The tokenizer of a model or adapter, folder or Hub id; of an adapter that was saved without one its base's."""
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError):
+        if not isinstance(model, PeftModel):
+            raise
+        return AutoTokenizer.from_pretrained(model.get_base_model().config.name_or_path, **options)
 
 
 def is_hub_id(name: str) -> bool:

@@ -8,9 +8,9 @@ It saves nothing unless the merged model's log-probabilities equal the adapter's
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
-from kl_alliteration.adapters import is_adapter, load_adapter, merge
+from kl_alliteration.adapters import is_adapter, load_adapter, merge, tokenizer_of
 from kl_alliteration.lab.checks import check_model_path
 from kl_alliteration.lab.survival import one_line_errors
 
@@ -36,8 +36,9 @@ def main():
     if Path(args.output_dir).exists() and any(Path(args.output_dir).iterdir()):
         raise ValueError(f"output_dir: {args.output_dir!r} is not empty")
     model = load_adapter(args.adapter_name_or_path, args.base_model_name_or_path, dtype=args.dtype)
+    tokenizer = tokenizer_of(args.adapter_name_or_path, model)
     merge(model).save_pretrained(args.output_dir)
-    AutoTokenizer.from_pretrained(args.adapter_name_or_path).save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
     print(f"Merged; log-probabilities agree: {args.output_dir}")
 
 

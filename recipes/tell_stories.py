@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, HfArgumentParser
 
 from kl_alliteration import alliteration_reward, judge
-from kl_alliteration.adapters import is_adapter, load_adapter
+from kl_alliteration.adapters import is_adapter, load_adapter, tokenizer_of
 from kl_alliteration.lab.checks import check_model_path
 from kl_alliteration.lab.gguf import as_folder
 from kl_alliteration.lab.progress import shown
@@ -58,7 +58,7 @@ def main():
     name = as_folder(args.model_name_or_path)
     adapter = is_adapter(name)
     model = load_adapter(name, args.base_model_name_or_path) if adapter else AutoModelForCausalLM.from_pretrained(name)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or name, padding_side="left")
+    tokenizer = tokenizer_of(args.tokenizer_name_or_path or name, model, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}

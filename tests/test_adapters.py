@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPTNeoConfig,
     LlamaConfig,
@@ -215,6 +216,16 @@ def test_what_was_fetched_from_the_hub_is_known_without_it(tmp_path, monkeypatch
     fetched = partial(adapters.try_to_load_from_cache, cache_dir=tmp_path)
     monkeypatch.setattr(adapters, "try_to_load_from_cache", fetched)
     assert adapters.is_adapter("ada/adapter") and not adapters.is_adapter("ada/whole")
+
+
+def test_an_adapter_without_a_tokenizer_has_its_base_s(tmp_path, tiny_model):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), default_lora_config())
+    model.save_pretrained(tmp_path / "adapter")
+    assert len(adapters.tokenizer_of(str(tmp_path / "adapter"), model)) == len(
+        AutoTokenizer.from_pretrained(tiny_model)
+    )
+    with pytest.raises((OSError, ValueError)):
+        adapters.tokenizer_of(str(tmp_path / "adapter"), model.get_base_model())
 
 
 @pytest.mark.parametrize("std", [0.005, 0.05])

@@ -209,6 +209,10 @@ FILES = {
     "mixed.jsonl": (b'{"prompt": "a"}\n{"prompt": 2}\n', "'mixed.jsonl', row 2: the prompt is a int, 2"),
     "none.jsonl": (b'{"prompt": "a"}\n{"prompt": null}\n', "'none.jsonl' holds an empty prompt, row 2"),
     "list.jsonl": (b'{"prompt": ["a"]}\n', "'list.jsonl', row 1: the prompt is a list, but not one of messages"),
+    "mute.jsonl": (
+        b'{"prompt": [{"role": "user", "content": "a"}, {"role": "user"}]}\n',
+        "'mute.jsonl', row 1: the prompt has a message without `role` or `content`: {'role': 'user'",
+    ),
     "other.csv": (b"text\na\n", "'other.csv' has no column `prompt`, only text"),
     "broken.csv": (b'prompt\n"a\nb,c,d\n', "'broken.csv': ParserError"),
     "notes.txt": (b"a", "'notes.txt' must be one of .json, .jsonl, .csv, .parquet, a folder or a Hub id"),
@@ -266,7 +270,11 @@ def test_a_prompt_longer_than_the_context_and_a_tokenizer_of_another_model(tmp_p
     rows = [{"prompt": "once"}, {"prompt": "once " * 600}]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run(RECIPE, "--dataset_name", "long.jsonl", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "error: the prompt of row 2 has 6" in done.stderr
+    assert done.returncode == 2 and "error: dataset_name: the prompt of row 2 has 6" in done.stderr
+    done = run(RECIPE, "--eval_dataset_name", "long.jsonl", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "error: eval_dataset_name: the prompt of row 2 has 6" in done.stderr
+    done = run(RECIPE, "--eval_dataset_name", "none.jsonl", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "error: eval_dataset_name: there is no file 'none.jsonl'" in done.stderr
     assert "with --max_completion_length 100 it is longer than the 512 positions of" in done.stderr
     word_tokenizer([*WORDS, *(f"w{i}" for i in range(5_000))]).save_pretrained(tmp_path / "other")
     done = run(RECIPE, "--tokenizer_name_or_path", "./other", cwd=tmp_path, check=False)

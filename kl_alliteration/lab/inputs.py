@@ -95,7 +95,10 @@ def load_held_out(args: StoryArguments) -> Dataset | None:
     named.dataset_name = args.eval_dataset_name
     if Path(args.eval_dataset_name).is_file():  # all of it, whatever is trained on
         named.dataset_config, named.dataset_train_split = None, "train"
-    return load_prompts(named, 1)
+    try:
+        return load_prompts(named, 1)
+    except ValueError as error:
+        raise ValueError(f"eval_{error}" if str(error).startswith("dataset_") else str(error)) from None
 
 
 def check_prompts(dataset: Dataset, name: str) -> None:
@@ -116,6 +119,9 @@ def check_prompts(dataset: Dataset, name: str) -> None:
             )
         if isinstance(prompt, list) and not is_conversational({"prompt": prompt}):
             raise ValueError(f"{where} is a list, but not one of messages with `role` and `content`")
+        for message in prompt if isinstance(prompt, list) else ():
+            if not message.get("role") or not (message.get("content") or message.get("tool_calls")):
+                raise ValueError(f"{where} has a message without `role` or `content`: {message}")
         if type(prompt) is not type(first):
             raise ValueError(f"{where} is a {type(prompt).__name__} where row 1 has a {type(first).__name__}")
 
@@ -146,12 +152,21 @@ def share_template_options(dataset: Dataset, training_args) -> None:
     training_args.chat_template_kwargs = (value or {}) | (training_args.chat_template_kwargs or {})
 
 
-def check_lengths(rows: list[dict], tokenize, tokenizer, model_args, training_args, completion_length: int) -> None:
+def check_lengths(
+    rows: list[dict],
+    tokenize,
+    tokenizer,
+    model_args,
+    training_args,
+    completion_length: int,
+    name: str = "dataset_name",
+) -> None:
     """What the model's configuration says before its weights are loaded: room enough, and an embedding a token.
 
     Args:
         rows (`list[dict]`): Rows of the data set.
         tokenize (callable): `(rows) -> list[list[int]]`, as the trainer will do it.
+        name (`str`): The option that names them.
 
     Raises:
         `ValueError`: for a prompt that leaves no room for the completion, or a tokenizer with more ids than the model.
@@ -178,11 +193,11 @@ def check_lengths(rows: list[dict], tokenize, tokenizer, model_args, training_ar
     try:
         tokens = tokenize([rows[size[text] - 1] for text in longest])
     except Exception as error:  # of a template, which is a program of its own
-        raise ValueError(f"dataset_name: the chat template does not take the prompts: {error}") from error
+        raise ValueError(f"{name}: the chat template does not take the prompts: {error}") from error
     for text, ids in zip(longest, tokens, strict=True):
         if len(ids) + completion_length > room:
             raise ValueError(
-                f"the prompt of row {size[text]} has {len(ids)} tokens, and with --max_completion_length "
+                f"{name}: the prompt of row {size[text]} has {len(ids)} tokens, and with --max_completion_length "
                 f"{completion_length} it is longer than the {room} positions of {model_args.model_name_or_path}: "
                 f"{text[:40]!r}..."
             )

@@ -146,15 +146,15 @@ def build_trainer(trainer_class, args: OnlineArguments, training_args, model_arg
     share_template_options(prompts, training_args)
     tokenizer = load_tokenizer(args, model_args, training_args)
     tokenize = partial(tokenize_prompts, tokenizer, **(training_args.chat_template_kwargs or {}))
-    check_lengths(
-        prompts.to_list(), tokenize, tokenizer, model_args, training_args, training_args.max_completion_length
-    )
+    held_out, length = load_held_out(args), training_args.max_completion_length
+    for name, rows in {"dataset_name": prompts, "eval_dataset_name": held_out or []}.items():
+        check_lengths(list(rows), tokenize, tokenizer, model_args, training_args, length, name)
     trainer = trainer_class(
         **load_policy(args, training_args, model_args),
         reward_funcs=rewards,
         args=training_args,
         train_dataset=prompts,
-        eval_dataset=load_held_out(args),
+        eval_dataset=held_out,
         processing_class=tokenizer,
     )
     base_rewards = read_base_rewards(args, training_args, model_args.model_name_or_path)
