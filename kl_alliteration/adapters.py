@@ -28,9 +28,12 @@ def is_adapter(name: str) -> bool:
     if Path(name).is_dir():
         return Path(name, "adapter_config.json").is_file()
     adapter, whole = (isinstance(try_to_load_from_cache(name, f"{kind}config.json"), str) for kind in ("adapter_", ""))
-    return (
-        adapter if adapter or whole else file_exists(name, "adapter_config.json")
-    )  # without the Hub where it is here
+    try:
+        return adapter or file_exists(name, "adapter_config.json")
+    except Exception:  # without the Hub what was fetched from it says so
+        if not whole:
+            raise
+        return False
 
 
 def default_lora_config(**options) -> LoraConfig:
@@ -109,7 +112,9 @@ def load_adapter(
     known = base_of(config)
     if base and known and base != known:
         check_base(name, known, base)
-        config.base_model_name_or_path = named_from_here_on(known, base)
+        on_hub = config.revision or read_origin(base).get("hub_id") == known  # a path that is gone may read as an id
+        if not (is_hub_id(known) and on_hub and Path(base).is_dir()):
+            config.base_model_name_or_path = base
     if (path := base or known) and not Path(path).exists():
         try:
             validate_repo_id(path)
@@ -130,8 +135,11 @@ def load_adapter(
         return PeftModel.from_pretrained(
             model, name, is_trainable=is_trainable, config=config, revision=adapter_revision
         )
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # of torch: sizes that differ
-        raise ValueError(f"the adapter {name} does not fit {base or known}: {str(error).splitlines()[-1]}") from None
+        said = (str(error).splitlines() or [""])[-1].strip()
+        raise ValueError(f"the adapter {name} does not fit {base or known}: {said}") from None
 
 
 def tokenizer_of(name: str, model: PeftModel | PreTrainedModel, **options):
@@ -168,11 +176,6 @@ def check_base(adapter: str, known: str, base: str) -> None:
             kl.KLWarning,
             stacklevel=3,
         )
-
-
-def named_from_here_on(known: str, base: str) -> str:
-    """How an adapter on a base that was named calls it: by its Hub id where it had one, a folder by where it is."""
-    return known if is_hub_id(known) and "/" in known and Path(base).is_dir() else base
 
 
 def commit_of(model: PreTrainedModel) -> str | None:
@@ -220,6 +223,8 @@ def merge(model: PeftModel) -> PreTrainedModel:
     before = probe(model.eval())
     try:
         merged = model.merge_and_unload(safe_merge=True)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # of PEFT
         raise ValueError(f"the adapter cannot be merged: {error}") from None
     check_agreement(probe(merged), before, merged.dtype, "the merged model")

@@ -200,9 +200,9 @@ class KLControlCallback(TrainerCallback):
         self.trainer, self.controller, self.kl_estimator = trainer, controller, kl_estimator
         self.seam = seam_of(trainer)
         self.seam.check_reference()
-        self.seam.own_price(type(self).__name__)
         if kl_estimator in kl.FULL_VOCABULARY:
             self.seam.scorer.need_hidden_states()
+        self.seam.own_price(type(self).__name__)
         self.seam.observers.append(self.observe)
         self.seen = None  # (KL per token, tokens, completions) of what was sampled since the last update
         self.seam.charge(controller.value)
@@ -212,8 +212,6 @@ class KLControlCallback(TrainerCallback):
             mask, accelerator = rollout.completion_mask, self.trainer.accelerator
             mean, tokens = self.seam.mean_per_token(rollout.per_token_kl(self.kl_estimator), mask), mask.sum().float()
             tokens, completions = accelerator.reduce(tokens, "sum").item(), len(mask) * accelerator.num_processes
-            if not tokens:  # all were truncated, and none of them counts: that is no KL of 0
-                return
             if self.seen is not None:  # several batches are one update
                 before, earlier, others = self.seen
                 mean = (before * earlier + mean * tokens) / max(1.0, earlier + tokens)
@@ -251,8 +249,9 @@ class KLControlCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.seen is not None and self.seam.batch_is_used_up:
-            kl_per_token, _, completions = self.seen
-            self.seam.charge(self.controller.update(kl_per_token, completions))
+            kl_per_token, tokens, completions = self.seen
+            if tokens or not hasattr(self.controller, "target_kl_per_token"):  # of truncated texts none may count
+                self.seam.charge(self.controller.update(kl_per_token, completions))
             self.seen = None
         rule = type(self.controller).__name__
         state.stateful_callbacks[self.STATE] = {"args": {"rule": rule}, "attributes": vars(self.controller).copy()}

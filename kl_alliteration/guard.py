@@ -80,6 +80,7 @@ class CollapseGuardCallback(TrainerCallback):
             self.seam.observers.append(lambda rollout: None)  # without one GRPO scores no batch beside its loss
             if trainer.beta == 0:
                 self.seam.scorer.need_reference_at_beta_zero()
+            self.seam.check_reference()
         self.seam.after_batch.append(self.observe)
         self.recent: list[dict[str, float]] = []
         self.first_distinct_2: float | None = None

@@ -227,7 +227,12 @@ def centred(rewards: torch.Tensor) -> torch.Tensor:
 
 def _rows(values) -> torch.Tensor:
     """(M,) or (P, M), a tensor or lists -> (P, M) float64 on the CPU."""
+    if not torch.is_tensor(values):
+        rows = values if isinstance(values[0] if len(values) else None, (list, tuple)) else [values]
+        values = [[math.nan if value is None else value for value in row] for row in rows]
     values = torch.as_tensor(values, dtype=torch.float64).cpu()
+    if not values.numel():
+        raise ValueError("rewards: there are none")
     return values.reshape(-1, values.shape[-1])
 
 

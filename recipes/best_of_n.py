@@ -74,10 +74,10 @@ def main():
     runs = [read_run(folder) for folder in args.runs]
     sampled = {"reward_func": args.reward_func, "prompt": None if args.dataset_name else args.prompt}
     sampled |= {name: getattr(args, name) for name in ("dataset_name", "temperature", "max_new_tokens")}
-    facts = {"model": Path(args.model_name_or_path).name, "sampled": sampled}
+    path = as_folder(args.model_name_or_path)
+    facts = {"model": Path(path).name, "sampled": sampled}
     check_yardstick(facts, args.runs)
     set_seed(args.seed)
-    path = as_folder(args.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(path).to(PartialState().device).eval()
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     if tokenizer.pad_token is None:

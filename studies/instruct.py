@@ -74,10 +74,12 @@ def main():
     args = parser.parse_args()
     quiet()
     check_model_path("model", SMOLLM2_FOLDER)
+    read_yardsticks(args.frontier, [])  # before anything trains
     config = ("--config", str(ROOT / "recipes/instruct.yaml"), "--model_name_or_path", SMOLLM2_FOLDER, *args.options)
     groups = {name: seeds_of(name, SETTINGS[name], args.seeds, config) for name in args.settings}
     folders = run_groups(groups, args)
-    best, least = read_yardsticks(args.frontier, [path for paths in folders.values() for path in paths])
+    drawable = [name for name in folders if "reward_funcs" not in SETTINGS[name]]  # of one reward, on one axis
+    best, least = read_yardsticks(args.frontier, [path for name in drawable for path in folders[name]])
     found = {name: [read_summary(path) for path in paths] for name, paths in folders.items()}
     print(f"| | {' | '.join(COLUMNS.values())} |")
     print("|---" * (len(COLUMNS) + 1) + "|")
@@ -85,7 +87,7 @@ def main():
     for name, summaries in found.items():
         print(f"| {name.replace('_', ' ')} | {' | '.join(cells([numbers(s['after']) for s in summaries]))} |")
     drawn = []
-    for name, summaries in found.items():
+    for name, summaries in ((name, found[name]) for name in drawable):
         ends = [(s["after"]["exact_kl_per_sequence"], s["after"]["reward_mean"]) for s in summaries]
         try:
             points = read_run(folders[name][0])["points"]

@@ -95,6 +95,7 @@ def main():
         for run in sum(waves, []):
             print(shlex.join(launch_command(run, folder, args.launch_config)))
         return
+    read_yardsticks(args.frontier, [])  # before anything trains
     failed = [run for w in filter(None, waves) for run in run_all(w, folder, args.launch_config, args.at_a_time)]
     logging.disable_progress_bar()
     found = [

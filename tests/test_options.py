@@ -5,7 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from trl import ModelConfig, RLOOConfig
+from programs import ROOT
+from trl import DPOConfig, ModelConfig, RLOOConfig
 
 from kl_alliteration.lab.datafiles import read_dataset
 from kl_alliteration.lab.inputs import load_held_out
@@ -46,6 +47,29 @@ def test_what_does_nothing_is_said_of_a_file(tmp_path, capsys):
     assert "lora_r needs --use_peft: it does nothing here" in said and "kl_top_k needs --kl_estimator top_k" in said
     parsed(tmp_path, "--use_peft", "--kl_estimator", "top_k", file="lora_r: 8\nkl_top_k: 5\n")
     assert "does nothing" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--use_peft", "false", "--lora_r", "8"],
+        ["--use_dora", "false"],
+        ["--sampler_correction", "none", "--sampler_correction_cap", "2"],
+        ["--eval_dataset_name", "a/b", "--dataset_config", "en"],
+        ["--lora_r", str(ModelConfig.__dataclass_fields__["lora_r"].default)],
+    ],
+    ids=" ".join,
+)
+def test_what_is_switched_off_or_stays_is_not_refused(tmp_path, words):
+    parsed(tmp_path, *words)
+
+
+def test_a_recipe_s_own_yaml_is_nobody_s_option(tmp_path, capsys):
+    parser = RecipeParser((PairArguments, DPOConfig, ModelConfig), defaults=ROOT / "recipes/dpo_tall_tree.yaml")
+    parse_recipe(parser, ["--pairs_from", "p.jsonl", "--use_cpu", "--output_dir", str(tmp_path / "out")])
+    assert "does nothing" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="prompt needs that no --dataset_name or --pairs_from is given"):
+        parse_recipe(parser, ["--pairs_from", "p.jsonl", "--prompt", "hello", "--use_cpu"])
 
 
 def test_every_option_that_needs_another_is_one():

@@ -40,9 +40,15 @@ def refusal(*options, cwd: Path, recipe: str = RECIPE) -> str:
             "reward_prefix_tokens needs --reward_discount: it does nothing here",
         ),
         (["--base_samples", "500"], "base_samples needs --target_kl_per_sequence, --plots or --plot_price: it does"),
-        (["--ref_model_sync_steps", "5"], "needs --kl_reference moving_average or reset, or --sync_ref_model: it"),
-        (["--dataset_config", "en"], "dataset_config needs --dataset_name: it does nothing here"),
-        (["--dataset_name", "p.jsonl", "--prompt", "A"], "prompt needs that no --dataset_name is given: it does"),
+        (
+            ["--ref_model_sync_steps", "5"],
+            "needs --sync_ref_model, or online --kl_reference moving_average or reset: it",
+        ),
+        (["--dataset_config", "en"], "dataset_config needs --dataset_name or --eval_dataset_name: it does nothing"),
+        (
+            ["--dataset_name", "p.jsonl", "--prompt", "A"],
+            "prompt needs that no --dataset_name or --pairs_from is given: it",
+        ),
         (["--kl_placement", "top"], "kl_placement must be one of reward, loss, both, got 'top'"),
         (
             ["--kl_estimator", "k3"],

@@ -80,11 +80,12 @@ def test_a_yardstick_of_another_reward_is_said_and_not_drawn(tmp_path):
     yardstick = tmp_path / "frontier.json"
     yardstick.write_text(json.dumps({"model": "Tiny", "sampled": sampled, "frontier": [point]}))
     ours = sampled | {"model": "tiny", "dataset_name": "prompts.jsonl"}  # trains on others than it is judged on
-    for name, changed in {"a": {}, "b": {"reward_func": "yours.reward"}, "c": {"temperature": 1.0}}.items():
+    kinds = {"a": {}, "b": {"reward_func": "yours.reward"}, "c": {"temperature": 1.0}, "d": {"beside": "top_k 50"}}
+    for name, changed in kinds.items():
         folder = a_run(tmp_path / name, "beta_1_seed_0", 1.0, 10.0)
         begin_record(folder, anew=False, sampled=ours | changed)
         a_run(tmp_path / name, "of_an_earlier_version", 1.0, 10.0)
-    drawn, *others = (write_report(tmp_path / name, yardstick).read_text() for name in "abc")
+    drawn, *others = (write_report(tmp_path / name, yardstick).read_text() for name in "abcd")
     curve = '"name":"best of n"'
     assert curve in drawn and not any(curve in page for page in others)
     assert (
@@ -92,6 +93,7 @@ def test_a_yardstick_of_another_reward_is_said_and_not_drawn(tmp_path):
         in others[0]
     )
     assert "yardstick&#39;s temperature is 0.7, and beta_1_seed_0 has 1.0" in others[1]
+    assert "it is of plain samples of the base, and beta_1_seed_0 has top_k 50" in others[2]
 
 
 @pytest.mark.filterwarnings("error")

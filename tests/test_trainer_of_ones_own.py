@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import TINY_RUN, reward
 from datasets import Dataset
+from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from kl_alliteration import (
@@ -20,7 +21,7 @@ from kl_alliteration import (
     use_reward_to_go,
 )
 from kl_alliteration._trl import seam_of
-from kl_alliteration.control import FixedBeta, LogPIRule, ProportionalRule, StepRule
+from kl_alliteration.control import FixedBeta, LogPIRule, ProportionalRule, Schedule, StepRule
 from kl_alliteration.evaluation import ask_reward
 from kl_alliteration.target import price_of_target
 from kl_alliteration.yardsticks import best_of_n, efficiency, least_kl, least_kl_at
@@ -80,17 +81,28 @@ def test_rows_that_a_subclass_reorders_are_refused(make, kind, choose):
         trainer._generate_and_score_completions([ROW] * 8)
 
 
+@pytest.mark.parametrize("scores", ["the reference", "other texts", "itself"])
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_subclass_that_scores_the_reference_in_its_loss_keeps_the_penalty(make, kind, first):
+def test_a_subclass_that_scores_more_in_its_loss_keeps_the_penalty(make, kind, first, scores):
     def loss(self, model, inputs):
         ids, mask = (torch.cat([inputs[f"prompt_{n}"], inputs[f"completion_{n}"]], dim=1) for n in ("ids", "mask"))
-        asked = self.ref_model, ids, mask, inputs["completion_ids"].shape[1]
+        asked = (
+            ids if scores != "other texts" else ids.roll(1, dims=0).clamp(max=7),
+            mask,
+            inputs["completion_ids"].shape[1],
+        )
+
+        def score():
+            with torch.set_grad_enabled(scores != "itself"):
+                other = self.ref_model if scores == "the reference" else model
+                self._get_per_token_logps_and_entropies(other, *asked)
+
         if first:
-            self._get_per_token_logps_and_entropies(*asked)
+            score()
         found = type(self).__mro__[1]._compute_loss(self, model, inputs)
         if not first:
-            self._get_per_token_logps_and_entropies(*asked)
+            score()
         return found
 
     found = []
@@ -158,6 +170,13 @@ def test_a_limit_of_the_kl_holds_by_itself(make, kind, beta):
     assert "kl_per_sequence" in guard.collapse and trainer.state.global_step < 4
 
 
+def test_a_limit_of_the_kl_wants_a_reference_that_is_one(make_trainer):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="with its adapter off this model is not its base"):
+        trainer = make_trainer(lora=lora)
+        CollapseGuardCallback(trainer, "stop", CollapseLimits(kl_per_sequence=1.0))
+
+
 def cut_off(trainer):
     """Every completion reaches its longest, and none of its tokens counts."""
     trainer._generate, stock = (lambda prompts: whole(stock(prompts))), trainer._generate
@@ -167,6 +186,13 @@ def cut_off(trainer):
         return prompt_ids, [[5] * trainer.max_completion_length for _ in completion_ids], *rest
 
     return trainer
+
+
+def test_a_schedule_goes_on_over_them(make):
+    trainer = cut_off(make("rloo", mask_truncated_completions=True))
+    trainer.add_callback(KLControlCallback(trainer, Schedule(1.0, 0.1, 24)))
+    trainer.train()
+    assert trainer.beta == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("rule", [StepRule(0.5, 0.05), LogPIRule(0.5, 0.05)], ids=lambda rule: type(rule).__name__)
@@ -256,6 +282,12 @@ def test_yardsticks_take_the_lists_that_a_judge_gives():
     ]:
         assert found == wanted and found is not None
     assert least_kl_at(rewards, reward=120.0, ref_log_ratio=ratios)["reward"] == pytest.approx(120.0)
+
+
+def test_rewards_that_do_not_apply_and_none_at_all():
+    assert least_kl_at([1.0, None, 2.0, 3.0], reward=2.5) == least_kl_at(torch.tensor([1.0, 2.0, 3.0]), reward=2.5)
+    with pytest.raises(ValueError, match="rewards: there are none"):
+        least_kl_at([], reward=1.0)
 
 
 @pytest.mark.parametrize("given", [[reward], torch.nn.Linear(1, 1), None], ids=["list", "model", "none"])

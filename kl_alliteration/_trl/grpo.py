@@ -9,7 +9,7 @@ from .. import kl
 from .baseline import share_of_ties, weighted
 from .looking_on import look_on
 from .loss_types import check_loss_type, divisor_of_completions, scale_of_batch, scale_of_credit, weights_of_kl
-from .penalised import Batch, LossPass, PenaltySeam
+from .penalised import Batch, PenaltySeam
 from .seam import unknown_order
 
 
@@ -107,7 +107,7 @@ class GRPOSeam(PenaltySeam):
 
     def get_logps(self, model, *asked, **kwargs):
         """TRL's method, its results recorded: in a generation batch off policy the policy's, then the reference's."""
-        if self.loss_pass is not None and self.loss_pass.asks(model):
+        if self._asks_for_loss(model, asked):
             self.loss_pass.scored = self._score_for_loss(model, *asked, **kwargs)
             return self.loss_pass.scored.results
         batch = self.batch
@@ -176,7 +176,7 @@ class GRPOSeam(PenaltySeam):
         return output["advantages"]
 
     def compute_loss(self, model, inputs):
-        beta, self.loss_pass = self.beta, (loss_pass := LossPass(model, inputs.get("kl_row")))
+        beta, loss_pass = self.beta, self._begin_loss(model, inputs)
         ours = not self.is_stock and beta != 0
         try:
             self.beta = 0.0 if ours else beta  # TRL leaves its own penalty out
@@ -187,6 +187,8 @@ class GRPOSeam(PenaltySeam):
         sampled = None if old is None else (old * mask).sum(1)
         if (scored := loss_pass.scored) is not None:
             self.log_rollout_kl(scored.logps, mask, sampled)
+        elif ours:
+            raise unknown_order("computed a loss without log-probabilities of its batch")
         if ours:  # what TRL's log means by `kl`
             k3 = kl.k3((logps := scored.logps.detach()) - inputs["ref_per_token_logps"])
             k3 = k3 * weights_of_kl(self.trainer, logps, old, mask)

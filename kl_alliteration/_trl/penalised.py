@@ -37,14 +37,11 @@ class LossPass:
     """One micro-batch's loss under way: the policy, its rows of the batch, and its score."""
 
     model: torch.nn.Module
+    ids: torch.Tensor  # (B, P + T)
     rows: torch.Tensor | None
     weigh: Callable | None = None  # (B, T) log-probabilities -> (B, T) weights of their gradients, or `None`
     scored: Scored | None = None
     logps: torch.Tensor | None = None  # (B, T), the policy's, the gradient of each token weighted
-
-    def asks(self, model) -> bool:
-        """Whether this is TRL's own question, and not one that a subclass has beside it."""
-        return model is self.model and self.scored is None
 
     def take(self, scored: Scored) -> tuple:
         """What TRL makes its loss of."""
@@ -114,6 +111,19 @@ class PenaltySeam(Seam):
     @property
     def in_loss(self) -> bool:
         return self.penalty is not None and self.penalty.in_loss
+
+    def _asks_for_loss(self, model, asked: tuple) -> bool:
+        """Whether this is TRL's own question, and not one that a subclass has beside it: of which model and texts."""
+        loss, unwrap = self.loss_pass, self.trainer.accelerator.unwrap_model
+        if loss is None or loss.scored is not None or unwrap(model) is not unwrap(loss.model):
+            return False
+        with_gradient = torch.is_grad_enabled() or not self.trainer.model.training
+        return with_gradient and asked[0].shape == loss.ids.shape and torch.equal(asked[0], loss.ids)
+
+    def _begin_loss(self, model, inputs: dict, weigh: Callable | None = None) -> LossPass:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        self.loss_pass = LossPass(model, ids, inputs.get("kl_row"), weigh)
+        return self.loss_pass
 
     def keep_rewards(self, rewards: torch.Tensor, rows, prompts, completions, completion_ids) -> None:
         if self.batch is not None:

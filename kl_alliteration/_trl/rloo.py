@@ -80,7 +80,7 @@ class RLOOSeam(PenaltySeam):
 
     def get_logps(self, model, *asked, **kwargs):
         """TRL's method, its results recorded. A generation batch's second call is the reference's, or replaces it."""
-        if self.loss_pass is not None and self.loss_pass.asks(model):
+        if self._asks_for_loss(model, asked):
             return self.loss_pass.take(self._score_for_loss(model, *asked, **kwargs))
         batch = self.batch
         if batch is None or not batch.under_way:
@@ -137,7 +137,7 @@ class RLOOSeam(PenaltySeam):
         return weights * trusted(logps, inputs)
 
     def compute_loss(self, model, inputs):
-        self.loss_pass = loss_pass = LossPass(model, inputs.get("kl_row"), partial(self.token_weights, inputs))
+        loss_pass = self._begin_loss(model, inputs, partial(self.token_weights, inputs))
         loss = self.stock.compute_loss(model, inputs)
         scored, self.loss_pass = loss_pass.scored, None
         if scored is not None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from trl import is_conversational
 
 from .._trl import scores_prefixes
-from ..adapters import EMBEDDED, check_agreement, is_hub_id, load_adapter, probe, read_origin
+from ..adapters import EMBEDDED, check_agreement, commit_of, is_hub_id, load_adapter, probe, read_origin
 from ..evaluation import Judgement
 from ..story_lm import MODEL_PATH
 from .options import OnlineArguments, StoryArguments
@@ -92,7 +92,12 @@ def write_card(
     base = model.peft_config["default"].base_model_name_or_path if adapter else model.config.name_or_path
     if base and Path(base).is_dir() and Path(base).samefile(MODEL_PATH):  # a whole model's is a path
         base = EMBEDDED
-    on_hub = bool(base) and base != EMBEDDED and is_hub_id(base)
+    own = model.get_base_model() if adapter else model
+    known = commit_of(own) or (
+        adapter and model.peft_config["default"].revision
+    )  # a path that is gone may read as an id
+    known = known or read_origin(own.config.name_or_path).get("hub_id") == base
+    on_hub = bool(base and base != EMBEDDED and known) and is_hub_id(base)
     data = ModelCardData(
         base_model=base if on_hub else None,
         library_name="peft" if adapter else "transformers",
@@ -119,7 +124,6 @@ def write_card(
     names += ("entropy_per_token", "ended_share", "mean_length")
     extra = ("exact_kl_per_sequence", "efficiency", "effective_plots", "most_told_share")
     names += tuple(name for name in extra if getattr(after, name) is not None)
-    own = model.get_base_model() if adapter else model
     made_of = read_origin(own.config.name_or_path).get("file")
     rows = [(n, getattr(before, n), getattr(after, n)) for n in names]
     card = ModelCard.from_template(
@@ -182,9 +186,13 @@ def push(trainer, folder: Path) -> bool:
             back = load_adapter(repo, here if Path(here).is_dir() else None, adapter_revision=commit.oid, **options)
         else:
             back = AutoModelForCausalLM.from_pretrained(repo, revision=commit.oid, **options)
-        difference = check_agreement(probe(back.eval()), probe(model), model.dtype, f"the model at {repo}")
     except Exception as error:
-        print(f"error: pushed to {commit.repo_url}, and what was loaded back is not it ({one_line(error)})")
+        print(f"error: pushed to {commit.repo_url}, and it could not be loaded back ({one_line(error)})")
+        return False
+    try:
+        difference = check_agreement(probe(back.eval()), probe(model), model.dtype, f"the model at {repo}")
+    except ValueError as error:
+        print(f"error: pushed to {commit.repo_url}, and what was loaded back is not it: {error}")
         return False
     print(f"Pushed to {commit.repo_url}, loaded back: log-probabilities agree ({difference:.1g} nats)")
     return True

@@ -20,7 +20,7 @@ from .checked_rewards import ranking_reward
 from .gguf import as_folder
 from .inputs import load_held_out, load_prompts
 from .options import ALLITERATION, StoryArguments
-from .pairs import prompts_of, read_pairs
+from .pairs import read_pairs
 
 # Columns of a preference data set that no reward is handed, and what a trainer adds to its rows.
 NO_COLUMNS = ("prompt", "chosen", "rejected", "completion", "prompt_ids", "chosen_ids", "rejected_ids")
@@ -96,6 +96,12 @@ def load_run(folder: str | Path, fraction: float = 1.0, untrained: bool = False)
     return model.to(device).eval(), None if reference is None else reference.to(device)
 
 
+def rows_of_pairs(pairs: Dataset) -> Dataset:
+    """The different prompts of DPO's pairs, with their columns."""
+    rows = pairs.select_columns([name for name in pairs.column_names if name not in NO_COLUMNS[1:]]).to_list()
+    return Dataset.from_list(list({json.dumps(row, sort_keys=True, default=str): row for row in rows}.values()))
+
+
 def judge_run(
     folder: str | Path, stories: int, seed: int = 1, untrained: bool = False, fraction: float = 1.0
 ) -> Judgement:
@@ -117,10 +123,10 @@ def judge_run(
     named = {name: getattr(StoryArguments, name, None) for name in names}
     named |= {"dataset_train_split": "train", "prompt": PROMPT}
     given = SimpleNamespace(**named | {k: options[k] for k in named if k in options})
-    if options.get("pairs_from"):  # the prompts of DPO's pairs
-        prompts = Dataset.from_list(prompts_of(read_pairs(options["pairs_from"])))
-    else:
-        prompts = load_held_out(given) or load_prompts(given, 1)
+    prompts = load_held_out(given)
+    if prompts is None and given.dataset_name is None and Path(options.get("pairs_from", "")).is_file():
+        prompts = rows_of_pairs(read_pairs(options["pairs_from"]))
+    prompts = prompts or load_prompts(given, 1)
     rows = [prompts[i % len(prompts)] for i in range(stories)]
     shared = options.get("chat_template_kwargs") or {}
     shared = json.loads(shared) if isinstance(shared, str) else shared

@@ -34,13 +34,19 @@ NEEDS = {
         "--target_kl_per_sequence, --plots or --plot_price",
         lambda given: given.target_kl_per_sequence is not None or given.plots or given.plot_price is not None,
     ),
-    "prompt": ("that no --dataset_name is given", lambda given: given.dataset_name is None),
+    "prompt": (
+        "that no --dataset_name or --pairs_from is given",
+        lambda given: given.dataset_name is None and not getattr(given, "pairs_from", None),
+    ),
 }
-NEEDS |= dict.fromkeys(("dataset_config", "dataset_train_split"), ("--dataset_name", lambda given: given.dataset_name))
+NEEDS |= dict.fromkeys(
+    ("dataset_config", "dataset_train_split"),
+    ("--dataset_name or --eval_dataset_name", lambda given: given.dataset_name or given.eval_dataset_name),
+)
 NEEDS |= dict.fromkeys(
     ("ref_model_mixup_alpha", "ref_model_sync_steps"),
     (
-        "--kl_reference moving_average or reset, or --sync_ref_model",
+        "--sync_ref_model, or online --kl_reference moving_average or reset",
         lambda given: given.sync_ref_model or getattr(given, "kl_reference", None) in ("moving_average", "reset"),
     ),
 )

@@ -109,13 +109,16 @@ class RecipeParser(TrlParser):
                 raise ValueError(f"unknown option {name}; {remedy}")
         if unknown:
             raise ValueError(f"unexpected argument {unknown[0]!r}; options start with --")
-        self.idle = {  # of what is typed or in the file, with what it lacks
+        asked = {word.removeprefix("--") for word in self.words}
+        asked |= set(self.spelled) if "--config" in self.words else set()
+        self.idle = {  # of what is typed or in a file that was named, with what it lacks
             name: needs
             for name, (needs, there) in NEEDS.items()
-            if (f"--{name}" in self.words or name in self.spelled) and not there(self.namespace)
+            if name in asked and getattr(self.namespace, name) != stock[name] and not there(self.namespace)
         }
         for name, needs in self.idle.items():
-            if f"--{name}" in self.words:
+            switched_off = not needs.startswith("that no") and {*needs.replace(",", "").split()} & {*self.words}
+            if f"--{name}" in self.words and not switched_off:
                 raise ValueError(f"{name} needs {needs}: it does nothing here")
         # Before the dataclasses derive more from them: what is given, in a file or on the command line.
         given = {k: v for k, v in vars(self.namespace).items() if v != stock[k] or k in JUDGED_BY}

@@ -40,7 +40,14 @@ from .base_samples import base_samples
 from .checked_rewards import load_rewards
 from .checks import check_options
 from .figures import plot_curves
-from .frontier import EfficiencyCallback, efficiency_of, read_base_rewards, reference_stays, sampled_as
+from .frontier import (
+    EfficiencyCallback,
+    beside_the_base,
+    efficiency_of,
+    read_base_rewards,
+    reference_stays,
+    sampled_as,
+)
 from .gguf import as_folder
 from .hub import penalty_in_words, push, write_card
 from .inputs import check_lengths, load_held_out, load_policy, load_prompts, load_tokenizer, share_template_options
@@ -279,6 +286,9 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
     if isinstance(model, PeftModel):
         check_trains(model)
         name_base(model)
+    trainer.create_model_card = lambda *args, **kwargs: (
+        None
+    )  # TRL's, over the user's at every checkpoint; ours is last
     trainer.add_callback(MetricsFileCallback(trainer, folder / "metrics.jsonl"))
     trainer.add_callback(TensorBoardLayoutCallback(trainer))
     if not training_args.disable_tqdm:
@@ -298,7 +308,8 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
         adapted=bool(model_args.use_peft or args.adapter_name_or_path),
     )
     before = judged()
-    guarded = run_training(trainer, sampled=sampled_as(args, sampling, path))
+    facts = sampled_as(args, sampling, path) | {"beside": beside_the_base(args, sampling)}
+    guarded = run_training(trainer, sampled=facts)
     after = judged()
     save_final(trainer, below=args.adapter_name_or_path if model_args.use_peft else None)
     if trainer.is_world_process_zero():

@@ -11,6 +11,10 @@ STORIES = "stories.jsonl"  # all that were judged, a line each, `before` and `af
 RESULTS = ("summary.json", STORIES, "stories.md", "curves.png")  # what a run leaves when it is over
 RESULTS += ("way.json", "way.png")  # and recipes/go_back.py
 CARD = "README.md"
+CARD_MARKS = (
+    "\n- kl_alliteration\n",
+    "\n- generated_from_trainer\n",
+)  # tags of cards of earlier versions, and of TRL's
 CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
 
 
@@ -144,6 +148,8 @@ def check_yardstick(facts: dict, folders: list[str | Path]) -> None:
     sampled = what_was_sampled(facts)
     for folder in folders:
         ours = read_record(folder).get("sampled", {})
+        if ours.get("beside"):
+            raise ValueError(f"it is of plain samples of the base, and {Path(folder).name} has {ours['beside']}")
         for name in ours.keys() & sampled.keys() - {"dataset_name"}:
             if ours[name] != sampled[name]:
                 raise ValueError(
@@ -241,7 +247,10 @@ def is_ours(folder: Path, name: str) -> bool:
 
 def is_theirs(path: Path) -> bool:
     """Whether a `README.md`, of which PEFT writes one with every adapter, is there already and the user's own."""
-    return path.name == CARD and path.exists() and not is_ours(path.parent, path.name)
+    if path.name != CARD or not path.exists() or is_ours(path.parent, path.name):
+        return False
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return not any(mark in text for mark in CARD_MARKS)
 
 
 def remove_ours(folder: Path, *names: str) -> None:
