@@ -36,7 +36,7 @@ def refusal(*options, cwd: Path, recipe: str = RECIPE) -> str:
         (["--lora-r=8"], "lora_r needs --use_peft: it does nothing here"),
         (["--use_dora"], "use_dora needs --use_peft: it does nothing here"),
         (
-            [*FIXED_BETA, "--reward_discount", "none", "--reward_prefix_tokens", "4"],
+            [*FIXED_BETA, "--reward_prefix_tokens", "4"],
             "reward_prefix_tokens needs --reward_discount: it does nothing here",
         ),
         (["--base_samples", "500"], "base_samples needs --target_kl_per_sequence, --plots or --plot_price: it does"),

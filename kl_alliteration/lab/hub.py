@@ -93,11 +93,10 @@ def write_card(
     if base and Path(base).is_dir() and Path(base).samefile(MODEL_PATH):  # a whole model's is a path
         base = EMBEDDED
     own = model.get_base_model() if adapter else model
-    known = commit_of(own) or (
-        adapter and model.peft_config["default"].revision
-    )  # a path that is gone may read as an id
-    known = known or read_origin(own.config.name_or_path).get("hub_id") == base
-    on_hub = bool(base and base != EMBEDDED and known) and is_hub_id(base)
+    # A path that is gone may read as an id: one that came from the Hub has a commit, or says so.
+    commit = commit_of(own) or (adapter and model.peft_config["default"].revision)
+    from_hub = commit or read_origin(own.config.name_or_path).get("hub_id") == base
+    on_hub = bool(base and base != EMBEDDED and from_hub) and is_hub_id(base)
     data = ModelCardData(
         base_model=base if on_hub else None,
         library_name="peft" if adapter else "transformers",
@@ -153,7 +152,7 @@ def push(trainer, folder: Path) -> bool:
     """Push a finished run's folder, load it back and compare; on failure the one command that does it later.
 
     Returns:
-        `bool`: whether the model on the Hub is the one in memory. Takes the mixed precision of training off that.
+        `bool`: whether the model on the Hub is the one in memory, which is left without training's mixed precision.
     """
     args, repo = trainer.args, trainer.hub_model_id
     try:

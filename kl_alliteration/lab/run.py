@@ -154,8 +154,9 @@ def build_trainer(trainer_class, args: OnlineArguments, training_args, model_arg
     tokenizer = load_tokenizer(args, model_args, training_args)
     tokenize = partial(tokenize_prompts, tokenizer, **(training_args.chat_template_kwargs or {}))
     held_out, length = load_held_out(args), training_args.max_completion_length
-    for name, rows in {"dataset_name": prompts, "eval_dataset_name": held_out or []}.items():
-        check_lengths(list(rows), tokenize, tokenizer, model_args, training_args, length, name)
+    for name, rows in {"dataset_name": prompts, "eval_dataset_name": held_out}.items():
+        if rows is not None:
+            check_lengths(rows.to_list(), tokenize, tokenizer, model_args, training_args, length, name)
     trainer = trainer_class(
         **load_policy(args, training_args, model_args),
         reward_funcs=rewards,

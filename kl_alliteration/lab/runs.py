@@ -11,10 +11,7 @@ STORIES = "stories.jsonl"  # all that were judged, a line each, `before` and `af
 RESULTS = ("summary.json", STORIES, "stories.md", "curves.png")  # what a run leaves when it is over
 RESULTS += ("way.json", "way.png")  # and recipes/go_back.py
 CARD = "README.md"
-CARD_MARKS = (
-    "\n- kl_alliteration\n",
-    "\n- generated_from_trainer\n",
-)  # tags of cards of earlier versions, and of TRL's
+CARD_MARKS = ("\n- kl_alliteration\n", "\n- generated_from_trainer\n")  # tags: of ours and of TRL's
 CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
 
 
