@@ -131,7 +131,9 @@ def test_all_algorithms_beside_each_other(tmp_path):
         "options": small | {"pairs": 12, "group_size": 4, "pairs_per_group": 1},
     }
     config = {"algorithms": {"clipped": clipped, "DPO": dpo}, "stories": 4, "eval_stories": 2, "logging_steps": 1}
-    config |= {"frontier": str(ROOT / "kl_alliteration/story_lm/frontier.json"), "seeds": [0], "output_dir": "out"}
+    known = (ROOT / "kl_alliteration/story_lm/frontier.json").read_text()
+    (tmp_path / "f.json").write_text(known.replace('"max_new_tokens":100', '"max_new_tokens":12'))
+    config |= {"frontier": "f.json", "seeds": [0], "output_dir": "out"}
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(config | {"report_to": "none"}))
     study, options = "kl_across_algorithms.py", {"cwd": tmp_path, "check": False}
     said = run(study, "--config", "few.yaml", "--print_commands", **options).stdout.splitlines()

@@ -104,7 +104,10 @@ def test_every_page_shows_hostile_stories_as_their_text(tmp_path, tiny_model):
     show(judgement(before), judgement(after), tmp_path)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model))
     trainer = SimpleNamespace(
-        hub_model_id="ada/tall-tree", model=model, accelerator=SimpleNamespace(unwrap_model=lambda model: model)
+        hub_model_id="ada/tall-tree",
+        model=model,
+        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
+        train_dataset=[{"prompt": "Once"}],
     )
     write_card(tmp_path, trainer, "none", ["reward"], judgement(before), judgement(after))
     values = {"title": "a_b", "head": ["run"], "rows": [["x | y"]], "missing": [], "notes": [], "figures": []}

@@ -271,11 +271,11 @@ def test_a_prompt_longer_than_the_context_and_a_tokenizer_of_another_model(tmp_p
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run(RECIPE, "--dataset_name", "long.jsonl", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "error: dataset_name: the prompt of row 2 has 6" in done.stderr
+    assert "with --max_completion_length 100 it is longer than the 512 positions of" in done.stderr
     done = run(RECIPE, "--eval_dataset_name", "long.jsonl", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "error: eval_dataset_name: the prompt of row 2 has 6" in done.stderr
     done = run(RECIPE, "--eval_dataset_name", "none.jsonl", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "error: eval_dataset_name: there is no file 'none.jsonl'" in done.stderr
-    assert "with --max_completion_length 100 it is longer than the 512 positions of" in done.stderr
     word_tokenizer([*WORDS, *(f"w{i}" for i in range(5_000))]).save_pretrained(tmp_path / "other")
     done = run(RECIPE, "--tokenizer_name_or_path", "./other", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "error: tokenizer_name_or_path: the tokenizer has the id 50" in done.stderr

@@ -51,9 +51,6 @@ NEEDS |= dict.fromkeys(
     ),
 )
 NEEDS |= dict.fromkeys(
-    ("pairs", "group_size", "pairs_per_group"), ("that no --pairs_from is given", lambda given: not given.pairs_from)
-)
-NEEDS |= dict.fromkeys(
     [name for name in ModelConfig.__dataclass_fields__ if name.startswith("lora_")] + ["use_rslora", "use_dora"],
     ("--use_peft", lambda given: given.use_peft),
 )
