@@ -8,14 +8,18 @@ import programs
 import pytest
 import torch
 import yaml
+from conftest import TINY_RUN, reward
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
+from trl import ModelConfig, RLOOConfig, RLOOTrainer
 
 from kl_alliteration import Judgement
 from kl_alliteration.adapters import name_base
 from kl_alliteration.lab import hub, judging, run
 from kl_alliteration.lab.options import OnlineArguments
 from kl_alliteration.lab.runs import begin_record, is_theirs
+from kl_alliteration.story_lm import MODEL_PATH
 
 
 def judged(text: str) -> Judgement:
@@ -87,7 +91,7 @@ def test_a_card_of_trl_s_or_of_an_earlier_version_is_written_anew(tmp_path, tag)
 
 
 @pytest.fixture
-def pushed(make_trainer, tmp_path, monkeypatch):
+def pushed(tmp_path, monkeypatch):
     """`pushed(**options)`: a trainer of an adapter that has trained, and the Hub a folder here."""
 
     def upload(self, folder_path, **others):
@@ -95,8 +99,14 @@ def pushed(make_trainer, tmp_path, monkeypatch):
         return SimpleNamespace(oid="a" * 40, repo_url="hub")
 
     def make(**options):
-        lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-        trainer = make_trainer(lora=lora, max_steps=1, learning_rate=0.0, **options)
+        given = TINY_RUN | {"max_steps": 1, "learning_rate": 0.0, "output_dir": str(tmp_path)} | options
+        trainer = RLOOTrainer(
+            model=str(MODEL_PATH),  # whose logits are large enough for a precision to show
+            reward_funcs=reward,
+            args=RLOOConfig(**given),
+            train_dataset=Dataset.from_dict({"prompt": ["Once upon a time"] * 8}),
+            peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
+        )
         trainer.train()
         trainer.hub_model_id, trainer.push_in_progress = str(tmp_path / "hub"), None
         name_base(trainer.accelerator.unwrap_model(trainer.model))
@@ -127,7 +137,6 @@ def test_another_model_at_the_hub_is_an_error_and_the_upload_is_said(pushed, cap
 
 def test_a_run_is_judged_at_its_own_length_and_revision(tiny_model, tmp_path, monkeypatch):
     """TRL's default for the length is what a recipe's own YAML may not have."""
-    from trl import ModelConfig, RLOOConfig
 
     from kl_alliteration.lab.parser import RecipeParser, write_recipe
 
