@@ -18,6 +18,7 @@ from kl_alliteration import Judgement
 from kl_alliteration.adapters import name_base
 from kl_alliteration.lab import hub, judging, run
 from kl_alliteration.lab.options import OnlineArguments
+from kl_alliteration.lab.parser import RecipeParser, write_recipe
 from kl_alliteration.lab.runs import begin_record, is_theirs
 from kl_alliteration.story_lm import MODEL_PATH
 
@@ -137,9 +138,6 @@ def test_another_model_at_the_hub_is_an_error_and_the_upload_is_said(pushed, cap
 
 def test_a_run_is_judged_at_its_own_length_and_revision(tiny_model, tmp_path, monkeypatch):
     """TRL's default for the length is what a recipe's own YAML may not have."""
-
-    from kl_alliteration.lab.parser import RecipeParser, write_recipe
-
     stock = RLOOConfig.__dataclass_fields__["max_completion_length"].default
     parser = RecipeParser((OnlineArguments, RLOOConfig, ModelConfig), defaults=Path("none.yaml"))
     (tmp_path / "few.yaml").write_text("model_name_or_path: user/model\nmodel_revision: v2\nprompt: once upon a\n")
