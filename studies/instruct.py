@@ -78,7 +78,8 @@ def main():
     config = ("--config", str(ROOT / "recipes/instruct.yaml"), "--model_name_or_path", SMOLLM2_FOLDER, *args.options)
     groups = {name: seeds_of(name, SETTINGS[name], args.seeds, config) for name in args.settings}
     folders = run_groups(groups, args)
-    drawable = [name for name in folders if "reward_funcs" not in SETTINGS[name]]  # of one reward, on one axis
+    rewards = {name: SETTINGS[name].get("reward_funcs") for name in folders}
+    drawable = [name for name in folders if rewards[name] == rewards[args.settings[0]]]  # on one axis, one reward
     best, least = read_yardsticks(args.frontier, [path for name in drawable for path in folders[name]])
     found = {name: [read_summary(path) for path in paths] for name, paths in folders.items()}
     print(f"| | {' | '.join(COLUMNS.values())} |")

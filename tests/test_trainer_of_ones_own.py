@@ -49,6 +49,16 @@ def make(tiny_model, tmp_path):
     return make
 
 
+def batch_of_a_moved_policy(trainer) -> dict:
+    """A generation batch of a policy that is no longer its reference, the same in every call."""
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter += 0.05 * torch.sin(torch.arange(parameter.numel()) + 1.0).view_as(parameter)
+    torch.manual_seed(1)
+    trainer.model.train()
+    return trainer._generate_and_score_completions([ROW] * 8)
+
+
 def reordered(choose):
     def generate(self, inputs):
         output = type(self).__mro__[1]._generate_and_score_completions(self, inputs)
@@ -109,12 +119,7 @@ def test_a_subclass_that_scores_more_in_its_loss_keeps_the_penalty(make, kind, f
     for methods in ({}, {"_compute_loss": loss}):
         trainer = make(kind, methods)
         KLPenaltyCallback(trainer, KLPenalty("exact", "loss"))
-        with torch.no_grad():
-            for parameter in trainer.model.parameters():
-                parameter += 0.05 * torch.sin(torch.arange(parameter.numel()) + 1.0).view_as(parameter)
-        torch.manual_seed(1)
-        trainer.model.train()
-        batch = trainer._generate_and_score_completions([ROW] * 8)
+        batch = batch_of_a_moved_policy(trainer)
         value = trainer._compute_loss(trainer.model, batch)
         found.append([value, *torch.autograd.grad(value, list(trainer.model.parameters())[:2])])
     for ours, theirs in zip(*found, strict=True):
@@ -130,12 +135,7 @@ def test_credit_that_is_asked_for_twice_is_given_once(make, kind):
         KLPenaltyCallback(trainer, KLPenalty("k1", "reward"))
         for _ in range(times):
             use_kl_to_go(trainer)
-        with torch.no_grad():
-            for parameter in trainer.model.parameters():
-                parameter += 0.05 * torch.sin(torch.arange(parameter.numel()) + 1.0).view_as(parameter)
-        torch.manual_seed(1)
-        trainer.model.train()
-        batch = trainer._generate_and_score_completions([ROW] * 8)
+        batch = batch_of_a_moved_policy(trainer)
         found.append(batch["kl_credit"] if kind == "rloo" else batch["advantages"])
     torch.testing.assert_close(*found)
     assert found[0].std() > 1e-3

@@ -21,9 +21,7 @@ class Batch:
     own_tokens: list | None = None  # masks of the completions' tokens: 0 where a tool wrote
     rollout: kl.Rollout | None = None
     rewards: torch.Tensor | None = None  # (B of all processes, functions)
-    rewarded: tuple | None = (
-        None  # what they are of: B rows of the data set, their completions as TRL has them, tokens
-    )
+    rewarded: tuple | None = None  # what they are of: B rows of the data set, completions as TRL has them, tokens
     penalty: torch.Tensor | None = None  # (B,), what beta is multiplied with in the reward
     ref_head: kl.LMHead | None = None
     graph: Scored | None = None  # the policy's score with its graph, for a loss that uses it

@@ -287,9 +287,7 @@ def run_recipe(trainer, args: StoryArguments, model_args, parser: RecipeParser, 
     if isinstance(model, PeftModel):
         check_trains(model)
         name_base(model)
-    trainer.create_model_card = lambda *args, **kwargs: (
-        None
-    )  # TRL's, over the user's at every checkpoint; ours is last
+    trainer.create_model_card = lambda *args, **kwargs: None  # TRL's, at every checkpoint, over the user's
     trainer.add_callback(MetricsFileCallback(trainer, folder / "metrics.jsonl"))
     trainer.add_callback(TensorBoardLayoutCallback(trainer))
     if not training_args.disable_tqdm:
