@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from . import kl
-from ._trl import likeliest, partial_rewards, rewards_of_next, rewards_of_nothing, scores_prefixes, seam_of
+from ._trl import partial_rewards, rewards_of_nothing, scores_prefixes, seam_of
 from .penalty import KLPenalty
 
 # Options of TRL's by which a completion has one advantage, and what they have to be where its tokens have their own.
@@ -16,10 +16,6 @@ TAKES = {
     "multi_objective_aggregation": "sum_then_normalize",
     "use_liger_kernel": False,
 }
-
-
-LEAST_CHANCE = 1e-3  # of a next token that is asked for
-AS_SAMPLED = "reward_top_k is of all next tokens: leave score_as_sampled out, or reward_top_k"
 
 
 def to_go(increments: torch.Tensor, discount: float) -> torch.Tensor:
@@ -77,27 +73,16 @@ def check_credit_by_token(args, option: str) -> None:
             raise ValueError(f"{name} {value!r} has one advantage for a text: with {option} it is {takes!r}")
 
 
-def check_reward_to_go(args, discount: float, every_tokens: int = 1, top_k: int = 0) -> None:
+def check_reward_to_go(args, discount: float, every_tokens: int = 1) -> None:
     """`ValueError` for what [`use_reward_to_go`] cannot do with a trainer's `args`, RLOO's or GRPO's."""
     if not 0 <= discount <= 1:
         raise ValueError(f"reward_discount must be from 0 to 1, got {discount}; none credits whole texts")
     if every_tokens < 1:
         raise ValueError(f"reward_prefix_tokens must be >= 1, got {every_tokens}")
-    if top_k < 0:
-        raise ValueError(f"reward_top_k must be >= 0, got {top_k}")
-    if top_k and every_tokens > 1:
-        raise ValueError(
-            f"reward_top_k asks of every token: reward_prefix_tokens must be 1 with it, got {every_tokens}"
-        )
-    if top_k and args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations):
-        raise ValueError(
-            "reward_top_k needs a batch that is one update: num_iterations 1, and steps_per_generation "
-            "no more than gradient_accumulation_steps"
-        )
     check_credit_by_token(args, "a reward_discount")
 
 
-def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1, top_k: int = 0) -> None:
+def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> None:
     """Let a stock trainer credit each token with the reward that its completion earned from there on.
 
     RLOO and GRPO multiply every token's gradient with the whole completion's advantage, so that a token is praised for
@@ -117,69 +102,44 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1, top_
     All others are credited as before, and where none has it a warning says so. Called again, the last call counts.
     Logs `reward_to_go/spread`, the spread of the tokens' advantages over that of the completions'.
 
-    With `top_k` the reward is asked of every likely next token, and not of the one alone that was drawn. What the k
-    likeliest would add, each times its probability, has a gradient without a draw in it (all actions: Sutton et al.
-    2000, Allen et al. 2017), and what comes after a token is counted as expected at each place that was reached. It
-    is the same objective with less noise again; only between the k likeliest and the rest, and of where a token
-    leads to, it still learns from what was drawn. It takes k times as many texts from the reward, of which those of
-    a probability below `LEAST_CHANCE` are left out, and no pass of the model. Logs `reward_to_go/known`, the
-    probability of the tokens that are asked for. Proven by enumeration there too.
-
     Args:
         trainer ([`~trl.RLOOTrainer`] or [`~trl.GRPOTrainer`]): The trainer, stock.
         discount (`float`): From 0, the next word alone, to 1, the same objective.
         every_tokens (`int`): Tokens from one prefix to the next, for rewards that are slow. They share what they add.
-        top_k (`int`): Likely next tokens that the reward is asked of; 0: of the one that was drawn.
 
     Raises:
         `ValueError`: for a discount outside of 0 and 1, `every_tokens` below 1, and options by which a completion has
             one advantage: `normalize_advantages`; in GRPO sequence-level importance sampling, rewards that are
-            normalized one by one, the Liger kernel. With `top_k`, for a batch of several updates, and `every_tokens`.
+            normalized one by one, the Liger kernel. And for a `reward_clip_range` over rewards of both kinds.
     """
-    check_reward_to_go(trainer.args, discount, every_tokens, top_k)
-    seam = seam_of(trainer)
-    if not any(map(scores_prefixes, trainer.reward_funcs)):
+    check_reward_to_go(trainer.args, discount, every_tokens)
+    seam, asked = seam_of(trainer), [*map(scores_prefixes, trainer.reward_funcs)]
+    if not any(asked):
         names = ", ".join(trainer.reward_func_names)
         warnings.warn(
             f"reward_discount does nothing: of {names} none has `scores_prefixes = True`", kl.KLWarning, stacklevel=2
         )
         return
-    if top_k:
-        seam.scorer.need_hidden_states(with_gradient=True)
-
-    def of_likeliest(
-        output: dict, before: torch.Tensor, added: torch.Tensor
-    ) -> tuple[tuple, torch.Tensor, torch.Tensor]:
-        """Next tokens and their credit; (B, T): what is left of a token's own credit, what was expected there."""
-        ids, mask = output["completion_ids"], output["completion_mask"]
-        chance, tokens = likeliest(seam, output, top_k)
-        chance = chance * (chance >= LEAST_CHANCE)
-        adds = (rewards_of_next(seam, ids, tokens, chance > 0) - before.unsqueeze(-1)).nan_to_num(nan=0.0)
-        known, together = chance.sum(-1), (chance * adds).sum(-1)
-        mean = together / known.clamp(min=LEAST_CHANCE)
-        seam.metrics["reward_to_go/known"].append(seam.mean_per_token(known, mask))
-        other = ((tokens != ids.unsqueeze(-1)) | (chance == 0)).all(-1)
-        return (tokens, chance * (adds - mean.unsqueeze(-1))), (added - mean) * other, together + added * other
+    if not all(asked) and getattr(trainer, "reward_clip_range", None):
+        raise ValueError(
+            "reward_clip_range clips a sum of rewards by token and of whole texts, of which no token's part is known: "
+            "leave it out, or reward_discount"
+        )
 
     def credit(output: dict) -> None:
         if not trainer.model.training:
             return
-        if top_k and seam.is_as_sampled:
-            raise ValueError(AS_SAMPLED)
         ids, mask = output["completion_ids"], output["completion_mask"]
         rewards, ends = partial_rewards(seam, ids, mask, every_tokens)  # (B, K), (B, K)
         first = rewards_of_nothing(seam, len(ids)).unsqueeze(1).to(rewards)
         added = torch.zeros(ids.shape, device=ids.device).scatter_add_(1, ends, rewards.diff(dim=1, prepend=first))
-        of_next, own, expected = None, added, added
-        if top_k:
-            of_next, own, expected = of_likeliest(output, torch.cat([first, rewards[:, :-1]], dim=1), added)
-        earned = own + to_go(expected, discount) - expected
-        added, earned = of_all(trainer, added), of_all(trainer, earned)
+        added = of_all(trainer, added)
         of_texts = seam.mean_per_token(output["advantages"].view(len(ids), -1) ** 2, mask)
         centred = partial(less_the_mean, group=trainer.num_generations, leave_one_out=seam.LEAVES_ONE_OUT)
-        by_token = centred(earned) - centred(added.sum(1)).unsqueeze(1)
-        by_token = own_rows(trainer, by_token, mask) * mask
-        of_tokens = seam.mean_per_token(seam.credit_tokens(output, by_token, of_next) ** 2, mask)
+        by_token = centred(to_go(added, discount)) - centred(added.sum(1)).unsqueeze(1)
+        of_tokens = seam.mean_per_token(
+            seam.credit_tokens(output, own_rows(trainer, by_token, mask) * mask) ** 2, mask
+        )
         seam.metrics["reward_to_go/spread"].append((of_tokens / of_texts) ** 0.5 if of_texts else 1.0)
 
     seam.changes["reward_to_go"] = credit

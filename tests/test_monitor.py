@@ -149,7 +149,6 @@ def test_on_two_processes_shared_prompts_train_the_same_weights(two_processes, c
 
 def test_on_two_processes_tokens_are_credited_beside_the_whole_group(two_processes):
     assert two_processes["by_token"] is True
-    assert two_processes["next"] is True
     assert two_processes["kl"] is True
 
 

@@ -39,9 +39,6 @@ def refusal(*options, cwd: Path, recipe: str = RECIPE) -> str:
             [*FIXED_BETA, "--reward_prefix_tokens", "4"],
             "reward_prefix_tokens needs --reward_discount: it does nothing here",
         ),
-        ([*FIXED_BETA, "--reward_top_k", "8"], "reward_top_k needs --reward_discount: it does nothing here"),
-        (["--reward_top_k", "8", "--score_as_sampled"], "reward_top_k is of all next tokens: leave score_as_sampled"),
-        (["--reward_top_k", "8", "--num_iterations", "2"], "reward_top_k needs a batch that is one update: num_iter"),
         (["--base_samples", "500"], "base_samples needs --target_kl_per_sequence, --plots or --plot_price: it does"),
         (
             ["--ref_model_sync_steps", "5"],

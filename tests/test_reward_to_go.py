@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +16,10 @@ from test_grpo_penalty import trained_gradient as grpo_gradient
 from test_off_policy import UNCLIPPED
 from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from kl_alliteration import KLPenalty, KLPenaltyCallback, credit, use_fast_sampling, use_reward_to_go
-from kl_alliteration._trl import seam_of
-from kl_alliteration._trl.heads import OwnHead
-from kl_alliteration._trl.next_tokens import pushed
-from kl_alliteration._trl.scoring import Scored
+from kl_alliteration import KLPenalty, KLPenaltyCallback, use_fast_sampling, use_reward_to_go
+from kl_alliteration._trl import partial_rewards, seam_of
 from kl_alliteration.credit import less_the_mean, to_go
-from kl_alliteration.kl import KLWarning, LMHead
+from kl_alliteration.kl import KLWarning
 
 # Of texts: an "e" ends them and is not seen, nor is a "p". A prefix may be worth more than the whole.
 WORTH = {"": 0.3, "a": 1.0, "b": -0.5, "c": 0.7, "a b": 2.0, "b a": 0.1, "c c": -1.0, "c a": 1.5, "b b": 0.4}
@@ -83,12 +81,11 @@ def earned(trainer, t: Tables, discount: float, completions) -> torch.Tensor:
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("completions", [FIXED, ENDING], ids=["fixed", "ending"])
-@pytest.mark.parametrize("top_k", [0, 2, 99])
 @pytest.mark.parametrize("discount", [1.0, 0.6, 0.0])
-def test_gradient(enumerated, discount, completions, lora, top_k):  # noqa: F811
+def test_gradient(enumerated, discount, completions, lora):  # noqa: F811
     trainer = rewarded(enumerated(completions, lora=lora), completions)
     KLPenaltyCallback(trainer, KLPenalty("k1", "reward"))
-    use_reward_to_go(trainer, discount, top_k=top_k)
+    use_reward_to_go(trainer, discount)
     if completions is ENDING:
         seam_of(trainer).beta = 0.0  # whose penalty the tables know of two tokens alone
     found, t = trained_gradient(trainer, completions), Tables(trainer)
@@ -130,17 +127,16 @@ def test_beyond_the_clip_range_a_token_goes_by_its_own_advantage(enumerated, dis
     assert 3 < (kept.all(1)).sum() < 22 and (kept.any(1) & ~kept.all(1)).any()  # of 25: texts cut, and half cut
 
 
-@pytest.mark.parametrize("top_k", [0, 2])
 @pytest.mark.parametrize("penalty", [None, ("k3", "loss"), ("exact", "both")], ids=["stock", "k3", "exact"])
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"])
-def test_gradient_of_grpo(grpo_enumerated, loss_type, penalty, top_k):  # noqa: F811
+def test_gradient_of_grpo(grpo_enumerated, loss_type, penalty):  # noqa: F811
     """Beside a penalty in reward and loss, TRL's own in the loss, and none."""
     trainer = rewarded(grpo_enumerated(loss_type=loss_type), FIXED)
     if penalty is not None:
         KLPenaltyCallback(trainer, KLPenalty(*penalty))
     else:
         trainer.beta = 0.0
-    use_reward_to_go(trainer, 0.6, top_k=top_k)
+    use_reward_to_go(trainer, 0.6)
     found, t = BETA * grpo_gradient(trainer), Tables(trainer)
     wanted = -t.gradient(earned(trainer, t, 0.6, FIXED))
     if penalty is not None:
@@ -193,49 +189,6 @@ def test_gradient_after_an_update(enumerated, discount):  # noqa: F811
     found = trained_gradient(trainer, FIXED, between=partial(move, seed=3))
     t = Tables(trainer)
     torch.testing.assert_close(found, -t.gradient(earned(trainer, t, discount, FIXED)), atol=1e-6, rtol=0)
-
-
-def test_of_the_next_token_alone_nothing_is_left_to_chance(enumerated, monkeypatch):  # noqa: F811
-    """With all of the vocabulary and a discount of 0 a text's gradient is that of the states which it came through."""
-    trainer = rewarded(enumerated(), FIXED)
-    seam_of(trainer).beta = 0.0
-    monkeypatch.setattr(credit, "LEAST_CHANCE", 1e-12)
-    use_reward_to_go(trainer, 0.0, top_k=99)
-    trainer.model.train()
-    batch = trainer._generate_and_score_completions([{"prompt": "b c"}] * len(FIXED))
-    found = []
-    for i in range(len(FIXED)):
-        loss = trainer._compute_loss(trainer.model, {name: value[i : i + 1] for name, value in batch.items()})
-        found.append(flat(torch.autograd.grad(loss, parameters(trainer))))
-    by_first = torch.stack(found).view(5, 5, -1)  # FIXED has all pairs of five tokens, by the first
-    assert [ids[0] for ids in FIXED[::5]] == sorted({ids[0] for ids in FIXED})
-    torch.testing.assert_close(by_first, by_first[:, :1].expand_as(by_first), atol=1e-6, rtol=0)
-    assert by_first.std(0).max() > 1e-3
-    assert trainer._metrics["train"]["reward_to_go/known"] == [pytest.approx(1.0)]
-
-
-@pytest.mark.parametrize("head", ["linear", "bias and cap", "own"])
-def test_what_next_tokens_are_credited_with(head):
-    """Against the log-softmax of the whole vocabulary, in states and weights."""
-    torch.manual_seed(0)
-    states, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    options = {"bias": torch.randn(9), "softcap": 3.0, "logit_scale": 2.0} if head == "bias and cap" else {}
-    lm_head = LMHead(weight, temperature=0.7, **options)
-    kept = lm_head
-    if head == "own":
-        kept = object.__new__(OwnHead)
-        kept.log_probs = lm_head.log_probs
-    tokens = torch.stack([torch.randperm(9)[:3] for _ in range(6)]).view(2, 3, 3)
-    worth = torch.randn(2, 3, 3)
-    worth = worth - worth.mean(-1, keepdim=True)
-    worth[1, 2] = 0.0  # a place without
-    inputs = {"kl_next_tokens": tokens, "kl_next_credit": worth, "kl_text_weights": torch.tensor([1.0, 0.5])}
-    found = pushed(Scored(None, (), states, kept), inputs)
-    assert found.tolist() == [0, 0]
-    of_all = lm_head.log_probs(states.reshape(6, 4)).view(2, 3, 9).gather(-1, tokens)
-    wanted = ((of_all * worth).sum((1, 2)) * torch.tensor([1.0, 0.5])).sum()
-    for a, b in zip(*(torch.autograd.grad(each, (states, weight)) for each in (found.sum(), wanted)), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_one_prefix_is_stock(enumerated):  # noqa: F811
@@ -295,6 +248,26 @@ def test_beside_one_by_token_a_reward_of_whole_texts_is_credited_as_trl_does(
     assert expected.std() > 0.1
 
 
+def test_a_function_that_does_not_apply_to_a_prefix_adds_nothing(enumerated):  # noqa: F811
+    """Nor does it beside another, which does: of "a c" nothing is said."""
+    trainer = rewarded(enumerated(), FIXED)
+
+    def some(completions, **columns):
+        return [None if text == "a c" else float(len(text)) for text in completions]
+
+    def nothing(completions, **columns):
+        return [0.0] * len(completions)
+
+    some.scores_prefixes = nothing.scores_prefixes = True
+    trainer.reward_funcs, trainer.reward_func_names = [some, nothing], ["some", "nothing"]
+    trainer.reward_weights, trainer.reward_processing_classes = torch.ones(2), [None] * 2
+    ids, texts = torch.tensor([[2, 4, 2], [4, 2, 0]]), ["a c a", "c a"]  # and the end, which is not seen
+    rewards, rows = torch.tensor([[5.0, 0.0], [3.0, 0.0]]), [{"prompt": "b c"}] * 2
+    seam_of(trainer).batch = SimpleNamespace(rewards=rewards, rewarded=(rows, texts, ids.tolist()))
+    found, ends = partial_rewards(seam_of(trainer), ids, torch.ones(2, 3), 1)
+    assert found.tolist() == [[1, 1, 5], [1, 3, 3]] and ends.tolist() == [[0, 1, 2]] * 2
+
+
 def make(tiny_model, tmp_path, prompts, **options):
     def vowels(completions, **columns):
         texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
@@ -309,14 +282,13 @@ def make(tiny_model, tmp_path, prompts, **options):
     )
 
 
-@pytest.mark.parametrize("options", [{"every_tokens": 3}, {"top_k": 4}], ids=str)
-def test_it_trains_beside_the_rest(tiny_model, tmp_path, options):
+def test_it_trains_beside_the_rest(tiny_model, tmp_path):
     """Exact in both, the policy's own forward pass, a sampler's correction, two micro-batches of one batch."""
     from kl_alliteration import share_prompts, use_sampler_correction
 
     trainer = make(tiny_model, tmp_path, ["once upon a time", "there was a"] * 8, gradient_accumulation_steps=2)
     trainer.add_callback(KLPenaltyCallback(trainer, KLPenalty("exact", "both")))
-    use_reward_to_go(trainer, 0.6, **options)
+    use_reward_to_go(trainer, 0.6, every_tokens=3)
     share_prompts(trainer)
     use_fast_sampling(trainer)
     use_sampler_correction(trainer, divergence_type="binary_tv")
@@ -346,11 +318,13 @@ def test_refusals(enumerated, grpo_enumerated):  # noqa: F811
         ({"discount": 1.5}, "reward_discount must be from 0 to 1, got 1.5"),
         ({"discount": math.nan}, "reward_discount must be from 0 to 1, got nan"),
         ({"every_tokens": 0}, "reward_prefix_tokens must be >= 1, got 0"),
-        ({"top_k": -1}, "reward_top_k must be >= 0, got -1"),
-        ({"top_k": 8, "every_tokens": 2}, "reward_prefix_tokens must be 1 with it, got 2"),
     ]:
         with pytest.raises(ValueError, match=words):
             use_reward_to_go(trainer, **options)
+    trainer = enumerated(reward_clip_range=(-1.0, 1.0))
+    trainer.reward_funcs = [reward, lambda completions, **columns: [0.0] * len(completions)]
+    with pytest.raises(ValueError, match="reward_clip_range clips a sum of rewards by token and of whole texts"):
+        use_reward_to_go(trainer)
     for trainer, words in [
         (enumerated(normalize_advantages=True), "normalize_advantages True has one advantage for a text"),
         (grpo_enumerated(importance_sampling_level="sequence"), "importance_sampling_level 'sequence' has one"),
@@ -358,5 +332,3 @@ def test_refusals(enumerated, grpo_enumerated):  # noqa: F811
     ]:
         with pytest.raises(ValueError, match=words):
             use_reward_to_go(trainer)
-    with pytest.raises(ValueError, match="reward_top_k needs a batch that is one update: num_iterations 1"):
-        use_reward_to_go(enumerated(num_iterations=2), top_k=8)

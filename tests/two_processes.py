@@ -176,36 +176,6 @@ def reward_by_token(folder: str) -> bool:
     return all(sum(gather_object([seen]), []))
 
 
-def next_by_token(folder: str) -> bool:
-    """What likely next tokens are credited with, where the processes have to ask of unequal numbers of texts."""
-    trainer = make(folder, False, 1, num_generations=8, max_completion_length=24)
-    use_reward_to_go(trainer, 0.5, top_k=3)
-    seam, seen, generate = trainer._kl_alliteration_seam, [], trainer._generate_and_score_completions
-
-    def spy(inputs):
-        output = generate(inputs)
-        hidden, places = seam.batch.rollout.hidden, output["completion_mask"].nonzero().tolist()
-        near = []
-        for i, t in places:
-            ids, tokens = output["completion_ids"][i].tolist(), output["kl_next_tokens"][i, t].tolist()
-            texts = trainer.processing_class.batch_decode(
-                [ids[:t], *([*ids[:t], token] for token in tokens)], skip_special_tokens=True
-            )
-            before, *after = reward(texts) if t else [0.0, *reward(texts[1:])]
-            chance = hidden.head.log_probs(hidden.policy[i, t : t + 1])[0, tokens].exp()
-            chance, adds = chance * (chance >= 1e-3), torch.tensor(after) - before
-            mean = (chance * adds).sum() / chance.sum()
-            near.append(torch.allclose(output["kl_next_credit"][i, t], chance * (adds - mean), atol=1e-5))
-        seen.append((all(near), len(places)))
-        return output
-
-    trainer._generate_and_score_completions = spy
-    trainer.train()
-    of_both = gather_object([seen])
-    unequal = any(a != b for (_, a), (_, b) in zip(*of_both, strict=True))
-    return unequal and all(near for near, _ in sum(of_both, []))
-
-
 def kl_by_token(folder: str) -> bool:
     """The same group, charged by token beyond a budget: a text's own past with each other text's future."""
     trainer = make(folder, False, 1, num_generations=8, max_completion_length=24)
@@ -244,7 +214,6 @@ def kl_by_token(folder: str) -> bool:
 
 def main(folder: str) -> None:
     found = {"grpo": grpo_with_a_penalty(folder), "by_token": reward_by_token(folder), "kl": kl_by_token(folder)}
-    found["next"] = next_by_token(folder)
     trainer, seen = controlled(folder, per_device=8)
     ranks = gather_object([seen.steps])
     found["sharded"] = sharded_exact_kl(folder)

@@ -46,8 +46,7 @@ from .asking import end_training
 from .baseline import last_reward_std, last_rewards, leave_baseline_out, spreads_in_groups
 from .engine import listen_to_engine
 from .grpo import GRPOSeam
-from .next_tokens import likeliest
-from .prefixes import partial_rewards, rewards_of_next, rewards_of_nothing, scores_prefixes
+from .prefixes import partial_rewards, rewards_of_nothing, scores_prefixes
 from .proof import drops, rotary_by_length
 from .reference import why_off_is_not_the_base
 from .rloo import RLOOSeam
@@ -62,11 +61,9 @@ __all__ = [
     "last_completions",
     "last_reward_std",
     "last_rewards",
-    "likeliest",
     "leave_baseline_out",
     "listen_to_engine",
     "partial_rewards",
-    "rewards_of_next",
     "rewards_of_nothing",
     "rotary_by_length",
     "scores_prefixes",

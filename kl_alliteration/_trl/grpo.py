@@ -8,8 +8,7 @@ from trl.trainer.utils import nanstd, pad
 from .. import kl
 from .baseline import share_of_ties, weighted
 from .looking_on import look_on
-from .loss_types import check_loss_type, divisor_of_completions, own_kl, scale_of_batch, scale_of_credit
-from .next_tokens import keep, pushed
+from .loss_types import check_loss_type, divisor_of_completions, scale_of_batch, scale_of_credit, weights_of_kl
 from .penalised import Batch, PenaltySeam
 from .seam import unknown_order
 
@@ -83,7 +82,10 @@ class GRPOSeam(PenaltySeam):
             output = self.stock.generate_and_score(inputs)
         finally:
             trainer.reward_weights, batch.under_way = weights, False
-        self._check_asked(1 if self.on_policy else 2, in_order=batch.rollout is not None)
+        if batch.rollout is None or len(batch.scored) != (expected := 1 if self.on_policy else 2):
+            raise unknown_order(
+                f"asked for log-probabilities {len(batch.scored)} times in a generation batch, expected {expected}"
+            )
         batch.scored = []
         if self.penalty.in_reward:
             self._put_right(output)
@@ -167,10 +169,9 @@ class GRPOSeam(PenaltySeam):
         if self.in_loss:
             output["kl_scale"] = scale_of_batch(trainer, batch, len(batch.penalty))
 
-    def credit_tokens(self, output: dict, credit: torch.Tensor, of_next: tuple | None = None) -> torch.Tensor:
-        """As RLOO's: (B, T) advantages of tokens, which TRL's loss takes as well, and credit of next tokens."""
+    def credit_tokens(self, output: dict, credit: torch.Tensor) -> torch.Tensor:
+        """Advantages of tokens, (B, T), which TRL's loss takes as well: the completion's and what stands on top."""
         scale = scale_of_credit(self.trainer, self.batch, credit, output["completion_mask"])
-        keep(output, of_next, scale.view(-1, 1, 1))
         output["advantages"] = output["advantages"].view(len(credit), -1) + scale.unsqueeze(1) * credit
         return output["advantages"]
 
@@ -189,12 +190,11 @@ class GRPOSeam(PenaltySeam):
         elif ours:
             raise unknown_order("computed a loss without log-probabilities of its batch")
         if ours:  # what TRL's log means by `kl`
-            k3 = own_kl(self.trainer, scored.logps.detach(), inputs["ref_per_token_logps"], old, mask)
+            k3 = kl.k3((logps := scored.logps.detach()) - inputs["ref_per_token_logps"])
+            k3 = k3 * weights_of_kl(self.trainer, logps, old, mask)
             self.metrics["kl"].append(self.mean_per_token(k3, mask))
         if ours and self.in_loss:
             penalty = self._penalty_of_loss(loss_pass, inputs, mask, sampled)
             penalty = penalty * inputs.get("kl_scale", 1.0) / divisor_of_completions(self.trainer, inputs, mask)
             loss = loss + beta * penalty.sum()
-        if "kl_next_credit" in inputs:
-            loss = loss - (pushed(scored, inputs) / divisor_of_completions(self.trainer, inputs, mask)).sum()
         return self.checked(loss)

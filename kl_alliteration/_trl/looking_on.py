@@ -2,12 +2,10 @@
 
 import dataclasses
 import inspect
-from contextlib import contextmanager
 
 import torch
 
 from .. import kl
-from .scoring import Scored
 
 
 def look_on(seam, output: dict) -> kl.Rollout | None:
@@ -15,29 +13,9 @@ def look_on(seam, output: dict) -> kl.Rollout | None:
 
     It scores without a gradient and restores the random state, so that training is the same as without observers.
     """
-    scorer = seam.scorer
+    trainer, scorer = seam.trainer, seam.scorer
     if not seam.observers or (seam.beta == 0 and not scorer.at_beta_zero):
         return None
-    with _beside(seam, output) as (asked, seen):
-        policy = scorer.score_checked(*asked, **seen)
-        reference, base_logps = scorer.score_reference(*asked, **seen), scorer.base_logps(*asked, **seen)
-        rollout = scorer.rollout(policy, reference, *asked[1:3], base_logps)
-    if "tool_mask" not in output:
-        return rollout
-    own = rollout.completion_mask * output["tool_mask"]  # what tools and environments wrote is not the policy's
-    return dataclasses.replace(rollout, completion_mask=own)
-
-
-def policy_alone(seam, output: dict) -> Scored:
-    """The policy's score of a generation batch, beside what TRL makes of it."""
-    with _beside(seam, output) as (asked, seen):
-        return seam.scorer.score_checked(*asked, **seen)
-
-
-@contextmanager
-def _beside(seam, output: dict):
-    """What TRL would ask for a score of the batch, as arguments and options; the training goes on as without it."""
-    trainer, scorer = seam.trainer, seam.scorer
     ids, mask = (
         torch.cat([output[f"prompt_{name}"], output[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
     )
@@ -46,4 +24,10 @@ def _beside(seam, output: dict):
     asked = trainer.model, ids, mask, length, trainer.args.per_device_train_batch_size
     device = trainer.accelerator.device
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), scorer.placed():
-        yield asked, seen
+        policy = scorer.score_checked(*asked, **seen)
+        reference, base_logps = scorer.score_reference(*asked, **seen), scorer.base_logps(*asked, **seen)
+        rollout = scorer.rollout(policy, reference, ids, mask, base_logps)
+    if "tool_mask" not in output:
+        return rollout
+    own = rollout.completion_mask * output["tool_mask"]  # what tools and environments wrote is not the policy's
+    return dataclasses.replace(rollout, completion_mask=own)

@@ -4,7 +4,6 @@ import torch
 import trl
 from trl.trainer.utils import nanstd
 
-from .. import kl
 from .baseline import group_size, weighted
 from .seam import READ_FROM, UnknownTRLError
 
@@ -42,20 +41,17 @@ def divisor_of_completions(trainer, inputs, mask: torch.Tensor) -> torch.Tensor:
     return every * (tokens * steps / trainer.args.steps_per_generation if training else tokens)
 
 
-def own_kl(
-    trainer, logps: torch.Tensor, ref_logps: torch.Tensor, old: torch.Tensor | None, mask: torch.Tensor
-) -> torch.Tensor:
-    """(B, T), the k3 that TRL logs and charges, with the weights of `use_bias_correction_kl`.
+def weights_of_kl(trainer, logps: torch.Tensor, old: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor | float:
+    """(B, T) or (B, 1) by which TRL multiplies the k3 of tokens that another policy sampled, `use_bias_correction_kl`.
 
-    (B, T) log-probabilities, now, by the reference, and when they were sampled; `None` is the same as now.
+    (B, T) log-probabilities, now and when they were sampled; `None` is the same.
     """
-    k3 = kl.k3(logps - ref_logps)
     if old is None or not trainer.args.use_bias_correction_kl:
-        return k3
+        return 1.0
     log_ratio = logps - old
     if trainer.importance_sampling_level == "sequence":
         log_ratio = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
-    return k3 * log_ratio.exp()
+    return log_ratio.exp()
 
 
 def scale_of_batch(trainer, batch, rows: int) -> torch.Tensor:

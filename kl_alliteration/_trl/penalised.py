@@ -110,13 +110,6 @@ class PenaltySeam(Seam):
     def in_loss(self) -> bool:
         return self.penalty is not None and self.penalty.in_loss
 
-    def _check_asked(self, expected: int, in_order: bool = True) -> None:
-        if not in_order or len(self.batch.scored) != expected:
-            asked = len(self.batch.scored)
-            raise unknown_order(
-                f"asked for log-probabilities {asked} times in a generation batch, expected {expected}"
-            )
-
     def _asks_for_loss(self, model, asked: tuple) -> bool:
         """Whether this is TRL's own question, and not one that a subclass has beside it: of which model and texts."""
         loss, unwrap = self.loss_pass, self.trainer.accelerator.unwrap_model

@@ -9,9 +9,9 @@ import torch
 
 from .. import kl
 from .baseline import share_of_ties
-from .next_tokens import keep, pushed
 from .penalised import Batch, LossPass, PenaltySeam
 from .scoring import Scored
+from .seam import unknown_order
 from .truncated import as_sampled
 
 
@@ -56,7 +56,10 @@ class RLOOSeam(PenaltySeam):
     def generate_and_score(self, inputs):
         beta, self.batch, self.loss_pass = self.beta, (batch := Batch()), None
         output = self.stock.generate_and_score(inputs)
-        self._check_asked(1 if beta == 0 else 2)
+        if len(batch.scored) != (expected := 1 if beta == 0 else 2):
+            raise unknown_order(
+                f"asked for log-probabilities {len(batch.scored)} times in a generation batch, expected {expected}"
+            )
         self._check_rows(output)
         for change in self.changes.values():
             change(output)
@@ -121,13 +124,8 @@ class RLOOSeam(PenaltySeam):
         if batch.graph is not None and self.in_loss:
             batch.rollout = replace(batch.rollout, graphs=batch.estimates)
 
-    def credit_tokens(self, output: dict, credit: torch.Tensor, of_next: tuple | None = None) -> torch.Tensor:
-        """Give tokens what (B, T) says on top of their completion's advantage; returns theirs in all, (B, T).
-
-        And, with `of_next`, next tokens (B, T, k) that may not have been drawn what (B, T, k) says, the sum of which
-        is 0 in every place.
-        """
-        keep(output, of_next)
+    def credit_tokens(self, output: dict, credit: torch.Tensor) -> torch.Tensor:
+        """Give tokens what (B, T) says on top of their completion's advantage; returns theirs in all, (B, T)."""
         output["kl_credit"] = output.get("kl_credit", 0.0) + credit
         return output["advantages"].unsqueeze(1) + output["kl_credit"]
 
@@ -149,8 +147,6 @@ class RLOOSeam(PenaltySeam):
             loss = loss + self.beta * (penalty * inputs.get("kl_text_weights", 1.0)).mean()
         if "kl_credit" in inputs:
             loss = loss - self._credit_of_loss(loss_pass, inputs)
-        if "kl_next_credit" in inputs:
-            loss = loss - pushed(scored, inputs).mean()
         return self.checked(loss)
 
     def _credit_of_loss(self, loss_pass: LossPass, inputs: dict) -> torch.Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import kl
 from ..adapters import check_targets
-from ..credit import AS_SAMPLED, check_credit_by_token, check_reward_to_go
+from ..credit import check_credit_by_token, check_reward_to_go
 from .frontier import read_base_rewards
 from .gguf import SMOLLM2_FOLDER, is_gguf
 from .hub import check_hub
@@ -66,9 +66,7 @@ def check_penalty_options(args: OnlineArguments, training_args) -> None:
     if args.baseline == "none" and training_args.normalize_advantages:
         raise ValueError("baseline 'none' has no advantages to normalize: leave normalize_advantages out")
     if args.reward_discount is not None:
-        check_reward_to_go(training_args, args.reward_discount, args.reward_prefix_tokens, args.reward_top_k)
-    if args.reward_top_k and args.score_as_sampled:
-        raise ValueError(AS_SAMPLED)
+        check_reward_to_go(training_args, args.reward_discount, args.reward_prefix_tokens)
     if args.kl_to_go:
         check_credit_by_token(training_args, "kl_to_go")
         if not args.penalty.in_reward:

@@ -73,7 +73,6 @@ def penalty_in_words(trainer, args: StoryArguments) -> str:
         words += f", moved by `{args.kl_controller}` to hold {args.target_kl_per_token:g} nats per token"
     if args.reward_discount is not None and any(map(scores_prefixes, trainer.reward_funcs)):
         words += f"; reward by token, discount {args.reward_discount:g}"
-        words += f", of the {args.reward_top_k} likeliest" if args.reward_top_k else ""
     return words + ("; KL by token" if args.kl_to_go else "")
 
 

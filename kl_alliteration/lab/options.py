@@ -28,7 +28,6 @@ REFERENCES = ("start", "base", "loaded", "moving_average", "reset")
 NEEDS = {
     "kl_top_k": ("--kl_estimator top_k", lambda given: given.kl_estimator == "top_k"),
     "reward_prefix_tokens": ("--reward_discount", lambda given: given.reward_discount is not None),
-    "reward_top_k": ("--reward_discount", lambda given: given.reward_discount is not None),
     "sampler_correction_cap": ("--sampler_correction", lambda given: given.sampler_correction != "none"),
     "sampler_divergence_threshold": ("--sampler_divergence_type", lambda given: given.sampler_divergence_type),
     "base_samples": (
@@ -240,13 +239,6 @@ class OnlineArguments(StoryArguments):
     )
     reward_prefix_tokens: int = field(
         default=1, metadata={"help": "With reward_discount: tokens from one prefix that is rewarded to the next."}
-    )
-    reward_top_k: int = field(
-        default=0,
-        metadata={
-            "help": "With reward_discount: what each of so many likeliest next tokens would add is asked too, and "
-            "learned from by its probability: the same objective with less noise, for rewards that are quick. RLOO's."
-        },
     )
     kl_to_go: bool = field(
         default=False,

@@ -13,7 +13,6 @@ LAYOUT = {
         "groups whose rewards do not differ (share)": ("frac_reward_zero_std",),
         "spread of the tokens' advantages over the completions' (1 = the same)": ("reward_to_go/spread",),
         "the same of what they are charged (1 = the same)": ("kl_to_go/spread",),
-        "probability of the next tokens that rewards are asked of": ("reward_to_go/known",),
         "pairs that are ranked right (share)": ("rewards/accuracies",),
     },
     "2 KL to the reference": {

@@ -1,0 +1,114 @@
+"""How much of a batch's gradient is signal? By what a token is credited with: its whole text, or what follows soon.
+
+    python studies/gradient_noise.py
+    python studies/gradient_noise.py --model models/smollm2-135m-instruct --lora --temperature 0.7 --batch 32 \\
+        --group 8 --tokens 64 --prompts recipes/instruct_prompts.jsonl \\
+        --reward kl_alliteration.rewards.content_alliteration_in_25_words
+
+Stock RLOO of a policy that stays where it is: learning rate 0, no penalty, and so the same texts in every row. Of the
+gradients of its batches, the signal is what two different ones have in common, the mean of their inner products; the
+share is that over the mean squared norm of one, with the error of leaving one batch out (jackknife). Rows with another
+discount have another objective.
+"""
+
+import tempfile
+from dataclasses import dataclass
+
+import torch
+from common import quiet
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
+from transformers import HfArgumentParser, TrainerCallback
+from trl import RLOOConfig, RLOOTrainer
+
+from kl_alliteration import use_fast_sampling, use_reward_to_go
+from kl_alliteration.lab.checked_rewards import load_rewards
+from kl_alliteration.lab.survival import one_line_errors
+from kl_alliteration.story_lm import MODEL_PATH
+
+DISCOUNTS = (None, 1.0, 0.8, 0.5, 0.0)  # `None` is TRL's own credit, by text
+
+
+@dataclass
+class Arguments:
+    model: str = str(MODEL_PATH)
+    reward: str = "kl_alliteration.rewards.alliteration_reward"
+    prompts: str | None = None
+    batches: int = 8
+    batch: int = 40
+    group: int = 40
+    tokens: int = 100
+    temperature: float = 1.0
+    lora: bool = False
+    seed: int = 0
+
+
+class Keep(TrainerCallback):
+    """The gradient of every step, as one vector."""
+
+    def __init__(self):
+        self.gradients = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]))
+
+
+def gradients_of(args: Arguments, discount: float | None, folder: str) -> tuple[torch.Tensor, float]:
+    """(batches, parameters), and the mean reward, by which one sees that the texts are the same."""
+    rows = load_dataset("json", data_files=args.prompts, split="train") if args.prompts else None
+    prompts = rows["prompt"] if rows else ["Once upon a time"]
+    keep, lora = Keep(), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = RLOOTrainer(
+        model=args.model,
+        reward_funcs=load_rewards([args.reward]),
+        args=RLOOConfig(
+            output_dir=folder, learning_rate=0.0, beta=0.0, max_grad_norm=0.0, max_steps=args.batches, seed=args.seed,
+            per_device_train_batch_size=args.batch, num_generations=args.group, max_completion_length=args.tokens,
+            temperature=args.temperature, report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1,
+            gradient_checkpointing=False, bf16=False, model_init_kwargs={"dtype": "float32"},
+        ),
+        train_dataset=Dataset.from_dict({"prompt": list(prompts) * (1 if rows else args.batches * args.batch)}),
+        peft_config=lora if args.lora else None,
+        callbacks=[keep],
+    )  # fmt: skip
+    use_fast_sampling(trainer)
+    if discount is not None:
+        use_reward_to_go(trainer, discount)
+    trainer.train()
+    found = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    return torch.stack(keep.gradients), sum(found) / len(found)
+
+
+def signal_of(products: torch.Tensor) -> tuple[float, float]:
+    """(n, n) inner products of gradients -> the signal, and its share of the squared norm of one."""
+    n = len(products)
+    squares = products.diagonal().mean()
+    signal = (products.sum() - products.diagonal().sum()) / (n * (n - 1))
+    return signal.item(), (signal / squares).item()
+
+
+def jackknife(products: torch.Tensor) -> float:
+    """The standard error of the share."""
+    n = len(products)
+    left = [[j for j in range(n) if j != i] for i in range(n)]
+    shares = torch.tensor([signal_of(products[rows][:, rows])[1] for rows in left])
+    return ((n - 1) * shares.var(correction=0)).sqrt().item()
+
+
+@one_line_errors
+def main():
+    (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
+    quiet()
+    print("| credit | reward | squared norm of a gradient | of it signal | share (error) |\n|---|---|---|---|---|")
+    for discount in DISCOUNTS:
+        with tempfile.TemporaryDirectory() as folder:
+            gradients, reward = gradients_of(args, discount, folder)
+        products = gradients @ gradients.T
+        signal, share = signal_of(products)
+        squares = products.diagonal().mean().item()
+        error, name = jackknife(products), "by text" if discount is None else f"by token, discount {discount:g}"
+        print(f"| {name} | {reward:.2f} | {squares:.4g} | {signal:.4g} | {share:.3f} ({error:.3f}) |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
