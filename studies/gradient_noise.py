@@ -11,14 +11,15 @@ share is that over the mean squared norm of one, with the error of leaving one b
 discount have another objective.
 """
 
+import argparse
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from common import quiet
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
-from transformers import HfArgumentParser, TrainerCallback
+from transformers import HfArgumentParser, TrainerCallback, set_seed
 from trl import RLOOConfig, RLOOTrainer
 
 from kl_alliteration import use_fast_sampling, use_reward_to_go
@@ -31,15 +32,15 @@ DISCOUNTS = (None, 1.0, 0.8, 0.5, 0.0)  # `None` is TRL's own credit, by text
 
 @dataclass
 class Arguments:
-    model: str = str(MODEL_PATH)
-    reward: str = "kl_alliteration.rewards.alliteration_reward"
-    prompts: str | None = None
-    batches: int = 8
-    batch: int = 40
-    group: int = 40
-    tokens: int = 100
+    model: str = field(default=str(MODEL_PATH), metadata={"help": "A folder or Hub id."})
+    reward: str = field(default="kl_alliteration.rewards.alliteration_reward", metadata={"help": "By dotted path."})
+    prompts: str | None = field(default=None, metadata={"help": "A JSONL file; none: Once upon a time."})
+    batches: int = field(default=8, metadata={"help": "Whose gradients are compared."})
+    batch: int = field(default=40, metadata={"help": "Completions of each."})
+    group: int = field(default=40, metadata={"help": "Completions of a prompt."})
+    tokens: int = field(default=100, metadata={"help": "Of a completion, at most."})
     temperature: float = 1.0
-    lora: bool = False
+    lora: bool = field(default=False, metadata={"help": "The gradient of an adapter of rank 8 in all linear layers."})
     seed: int = 0
 
 
@@ -57,6 +58,7 @@ def gradients_of(args: Arguments, discount: float | None, folder: str) -> tuple[
     """(batches, parameters), and the mean reward, by which one sees that the texts are the same."""
     rows = load_dataset("json", data_files=args.prompts, split="train") if args.prompts else None
     prompts = rows["prompt"] if rows else ["Once upon a time"]
+    set_seed(args.seed)  # an adapter is drawn before the trainer sets it
     keep, lora = Keep(), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = RLOOTrainer(
         model=args.model,
@@ -97,7 +99,8 @@ def jackknife(products: torch.Tensor) -> float:
 
 @one_line_errors
 def main():
-    (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
+    raw = argparse.RawDescriptionHelpFormatter
+    (args,) = HfArgumentParser(Arguments, description=__doc__, formatter_class=raw).parse_args_into_dataclasses()
     quiet()
     print("| credit | reward | squared norm of a gradient | of it signal | share (error) |\n|---|---|---|---|---|")
     for discount in DISCOUNTS:

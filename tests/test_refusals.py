@@ -195,6 +195,15 @@ def test_yaml_s_bare_off_and_no_are_words_where_words_are_taken(tmp_path, word):
     assert args.kl_monitor is False and args.fast_sampling is True and model_args.use_peft is True
 
 
+@pytest.mark.parametrize("prompt", ["12:30", "2026-11-30", "1_000", "0x1F", "1.50", "007"])
+def test_yaml_s_numbers_and_dates_are_words_where_words_are_taken(tmp_path, prompt):
+    """And numbers where numbers are."""
+    (tmp_path / "mine.yaml").write_text(f"prompt: {prompt}\nrun_name: {prompt}\nmax_steps: 1_000\nbeta: .5\n")
+    args, training_args, _ = parsed("--config", "mine.yaml")
+    assert (args.prompt, training_args.run_name) == (prompt, prompt)
+    assert (training_args.max_steps, training_args.beta) == (1000, 0.5)
+
+
 FILES = {
     "broken.jsonl": (b'{"prompt": "a"}\n{"prompt": \n', "'broken.jsonl': row 2 is no JSON"),
     "broken.json": (b'[{"prompt": "a"},', "'broken.json': no JSON"),

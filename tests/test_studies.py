@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from trl import DPOConfig, GRPOConfig, ModelConfig, RLOOConfig
 
 from kl_alliteration.lab import sweep
@@ -75,3 +76,15 @@ def test_settings_of_a_study_are_different_runs(tmp_path, monkeypatch):
         words = [str(MODEL_PATH) if word == SMOLLM2_FOLDER else word for word in run.asked]
         found[run.name] = [str(vars(each)) for each in parse_recipe(parser, words)]
     assert len({str(value) for value in found.values()}) == len(found)
+
+
+def test_signal_and_its_share_by_hand(monkeypatch):
+    """Of three gradients in the plane, the first part of which they share; leaving one out by hand too."""
+    monkeypatch.syspath_prepend(str(sweep.ROOT / "studies"))
+    study = importlib.import_module("gradient_noise")
+    gradients = torch.tensor([[2.0, 1.0], [2.0, -1.0], [2.0, 2.0]])
+    products = gradients @ gradients.T  # 5, 5, 8 on the diagonal; 3, 6 and 2 off it
+    assert study.signal_of(products) == (pytest.approx(11 / 3), pytest.approx(11 / 18))
+    left = [2 / 6.5, 6 / 6.5, 3 / 5]  # without the first, the second, the third
+    mean = sum(left) / 3
+    assert study.jackknife(products) == pytest.approx((2 / 3 * sum((each - mean) ** 2 for each in left)) ** 0.5)

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import time
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -131,9 +132,10 @@ class RecipeParser(TrlParser):
         """What a YAML file says goes through the same conversions as the command line's words."""
         actions = {action.dest: action for action in reversed(self._actions)}
         config = {RENAMED.get(name, name): value for name, value in config.items()}
-        for name, value in config.items():  # `off` is a word where an option takes words
-            if isinstance(value, bool) and name in actions and not takes_bool(actions[name]):
-                config[name] = self.spelled.get(name, value)
+        for name, value in config.items():  # `off` and `12:30` are words where an option takes words
+            if isinstance(value, bool | int | float | date) and name in actions:
+                if actions[name].type is str or (isinstance(value, bool) and not takes_bool(actions[name])):
+                    config[name] = self.spelled.get(name, value)
         self.scheduler = config.get("lr_scheduler_type")
         known = {name: from_yaml(actions[name], value) for name, value in config.items() if name in actions}
         return super().set_defaults_with_config(**config | known)
@@ -191,17 +193,24 @@ def from_yaml(action, value):
     return values if isinstance(value, list) else values[0]
 
 
+AS_WRITTEN = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")}
+
+
 class WordsLoader(yaml.SafeLoader):
-    """YAML 1.2's booleans, `true` and `false`: in 1.1 `no` and `off` are false."""
+    """YAML 1.2's booleans, `true` and `false`: in 1.1 `no` and `off` are false. Numbers and dates as written."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+        first: [
+            (tag, pattern)
+            for tag, pattern in resolvers
+            if tag not in AS_WRITTEN and (tag != "tag:yaml.org,2002:bool" or first in "tTfF")
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
 def read_words(path: Path) -> dict:
-    """A YAML file with `no`, `off`, `yes` and `on` as the words that they are; `{}` where it is none."""
+    """A YAML file with `no`, `off` and `12:30` as the words that they are; `{}` where it is none."""
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), WordsLoader)  # noqa: S506  (of the safe one's kind)
     except (OSError, ValueError, yaml.YAMLError):
