@@ -73,16 +73,21 @@ def check_credit_by_token(args, option: str) -> None:
             raise ValueError(f"{name} {value!r} has one advantage for a text: with {option} it is {takes!r}")
 
 
-def check_reward_to_go(args, discount: float, every_tokens: int = 1) -> None:
+def check_reward_to_go(args, discount: float, every_tokens: int = 1, opening_tokens: int = 0) -> None:
     """`ValueError` for what [`use_reward_to_go`] cannot do with a trainer's `args`, RLOO's or GRPO's."""
     if not 0 <= discount <= 1:
         raise ValueError(f"reward_discount must be from 0 to 1, got {discount}; none credits whole texts")
     if every_tokens < 1:
         raise ValueError(f"reward_prefix_tokens must be >= 1, got {every_tokens}")
+    if opening_tokens < 0 or (opening_tokens and discount == 1):
+        raise ValueError(
+            "reward_opening_tokens must be >= 0 and needs a reward_discount below 1, got "
+            f"{opening_tokens}: with 1 all tokens are credited so"
+        )
     check_credit_by_token(args, "a reward_discount")
 
 
-def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> None:
+def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1, opening_tokens: int = 0) -> None:
     """Let a stock trainer credit each token with the reward that its completion earned from there on.
 
     RLOO and GRPO multiply every token's gradient with the whole completion's advantage, so that a token is praised for
@@ -96,6 +101,10 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> N
     which looks 1 / (1 - discount) tokens ahead: less noise again, and a token is no longer paid for what the text
     becomes much later. So a small price on openings keeps many plots: `KLPenalty(opening_tokens=, opening_price=)`.
 
+    The first `opening_tokens` are credited with all that follows, whatever the discount. Where they choose what the
+    text will be about, and the words behind them only what comes soon, that is nearly the objective of a discount of
+    1, without the noise of crediting every word with all that is told long after it.
+
     It is for reward functions with an attribute `scores_prefixes = True`, which the alliteration rewards have, and
     yours may: `my_reward.scores_prefixes = True`. They are called once more a batch, of as many texts as there are
     tokens, with `None` for `log_metric` and `log_extra`; where they say nothing of a prefix (`None`) it adds nothing.
@@ -106,13 +115,15 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> N
         trainer ([`~trl.RLOOTrainer`] or [`~trl.GRPOTrainer`]): The trainer, stock.
         discount (`float`): From 0, the next word alone, to 1, the same objective.
         every_tokens (`int`): Tokens from one prefix to the next, for rewards that are slow. They share what they add.
+        opening_tokens (`int`): Tokens of the beginning that no discount is for.
 
     Raises:
-        `ValueError`: for a discount outside of 0 and 1, `every_tokens` below 1, and options by which a completion has
+        `ValueError`: for a discount outside of 0 and 1, `every_tokens` below 1, `opening_tokens` below 0 or with a
+            discount of 1, which they have, and options by which a completion has
             one advantage: `normalize_advantages`; in GRPO sequence-level importance sampling, rewards that are
             normalized one by one, the Liger kernel. And for a `reward_clip_range` over rewards of both kinds.
     """
-    check_reward_to_go(trainer.args, discount, every_tokens)
+    check_reward_to_go(trainer.args, discount, every_tokens, opening_tokens)
     seam, asked = seam_of(trainer), [*map(scores_prefixes, trainer.reward_funcs)]
     if not any(asked):
         names = ", ".join(trainer.reward_func_names)
@@ -136,7 +147,8 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1) -> N
         added = of_all(trainer, added)
         of_texts = seam.mean_per_token(output["advantages"].view(len(ids), -1) ** 2, mask)
         centred = partial(less_the_mean, group=trainer.num_generations, leave_one_out=seam.LEAVES_ONE_OUT)
-        by_token = centred(to_go(added, discount)) - centred(added.sum(1)).unsqueeze(1)
+        earned = torch.cat([to_go(added, 1.0)[:, :opening_tokens], to_go(added, discount)[:, opening_tokens:]], dim=1)
+        by_token = centred(earned) - centred(added.sum(1)).unsqueeze(1)
         of_tokens = seam.mean_per_token(
             seam.credit_tokens(output, own_rows(trainer, by_token, mask) * mask) ** 2, mask
         )

@@ -24,10 +24,20 @@ BY_TOKEN = {"reward_discount": 1.0, "kl_to_go": True}
 SGD = {"optim": "sgd", "warmup_steps": 20}
 LONG = {"max_steps": 500, "lr_scheduler_type": "linear"}
 ADAMW_LONG, SGD_LONG = LONG | {"learning_rate": 1.5e-4}, LONG | SGD | {"learning_rate": 0.07}
+SGD_6 = SGD | {"kl_budget_per_token": 0.065, "beta": 4.0, "learning_rate": 0.07}
+SGD_12 = SGD | {"kl_budget_per_token": 0.13, "beta": 4.0, "learning_rate": 0.1}
+SGD_15 = SGD | {"kl_budget_per_token": 0.16, "beta": 4.0, "learning_rate": 0.1}
+OPENING = {
+    "reward_discount": 0.8,
+    "reward_opening_tokens": 12,
+}  # which choose the plot: all else is paid for what is near
 SETTINGS = {
-    "sgd_6": SGD | {"kl_budget_per_token": 0.065, "beta": 4.0, "learning_rate": 0.07},
-    "sgd_12": SGD | {"kl_budget_per_token": 0.13, "beta": 4.0, "learning_rate": 0.1},
-    "sgd_15": SGD | {"kl_budget_per_token": 0.16, "beta": 4.0, "learning_rate": 0.1},
+    "sgd_6": SGD_6,
+    "sgd_12": SGD_12,
+    "sgd_15": SGD_15,
+    "opening_6": SGD_6 | OPENING,
+    "opening_12": SGD_12 | OPENING,
+    "opening_15": SGD_15 | OPENING,
     "budget_6": {"kl_budget_per_token": 0.06, "beta": 4.0},
     "budget_12": {"kl_budget_per_token": 0.12, "beta": 4.0},
     "budget_15": {"kl_budget_per_token": 0.15, "beta": 4.0},

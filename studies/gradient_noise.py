@@ -27,7 +27,14 @@ from kl_alliteration.lab.checked_rewards import load_rewards
 from kl_alliteration.lab.survival import one_line_errors
 from kl_alliteration.story_lm import MODEL_PATH
 
-DISCOUNTS = (None, 1.0, 0.8, 0.5, 0.0)  # `None` is TRL's own credit, by text
+CREDITS = {  # the discount and the first tokens that it is not for; `None` is TRL's own credit
+    "by text": None,
+    "by token, discount 1": (1.0, 0),
+    "discount 0.8 behind 12 tokens": (0.8, 12),
+    "discount 0.8": (0.8, 0),
+    "discount 0.5": (0.5, 0),
+    "discount 0": (0.0, 0),
+}
 
 
 @dataclass
@@ -54,7 +61,7 @@ class Keep(TrainerCallback):
         self.gradients.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]))
 
 
-def gradients_of(args: Arguments, discount: float | None, folder: str) -> tuple[torch.Tensor, float]:
+def gradients_of(args: Arguments, credit: tuple[float, int] | None, folder: str) -> tuple[torch.Tensor, float]:
     """(batches, parameters), and the mean reward, by which one sees that the texts are the same."""
     rows = load_dataset("json", data_files=args.prompts, split="train") if args.prompts else None
     prompts = rows["prompt"] if rows else ["Once upon a time"]
@@ -74,8 +81,8 @@ def gradients_of(args: Arguments, discount: float | None, folder: str) -> tuple[
         callbacks=[keep],
     )  # fmt: skip
     use_fast_sampling(trainer)
-    if discount is not None:
-        use_reward_to_go(trainer, discount)
+    if credit is not None:
+        use_reward_to_go(trainer, credit[0], opening_tokens=credit[1])
     trainer.train()
     found = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     return torch.stack(keep.gradients), sum(found) / len(found)
@@ -103,13 +110,13 @@ def main():
     (args,) = HfArgumentParser(Arguments, description=__doc__, formatter_class=raw).parse_args_into_dataclasses()
     quiet()
     print("| credit | reward | squared norm of a gradient | of it signal | share (error) |\n|---|---|---|---|---|")
-    for discount in DISCOUNTS:
+    for name, credit in CREDITS.items():
         with tempfile.TemporaryDirectory() as folder:
-            gradients, reward = gradients_of(args, discount, folder)
+            gradients, reward = gradients_of(args, credit, folder)
         products = gradients @ gradients.T
         signal, share = signal_of(products)
         squares = products.diagonal().mean().item()
-        error, name = jackknife(products), "by text" if discount is None else f"by token, discount {discount:g}"
+        error = jackknife(products)
         print(f"| {name} | {reward:.2f} | {squares:.4g} | {signal:.4g} | {share:.3f} ({error:.3f}) |", flush=True)
 
 

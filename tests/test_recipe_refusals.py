@@ -39,6 +39,11 @@ def refusal(*options, cwd: Path, recipe: str = RECIPE) -> str:
             [*FIXED_BETA, "--reward_prefix_tokens", "4"],
             "reward_prefix_tokens needs --reward_discount: it does nothing here",
         ),
+        (
+            [*FIXED_BETA, "--reward_opening_tokens", "8"],
+            "reward_opening_tokens needs --reward_discount: it does nothing",
+        ),
+        (["--reward_opening_tokens", "8", "--reward_discount", "1"], "needs a reward_discount below 1, got 8"),
         (["--base_samples", "500"], "base_samples needs --target_kl_per_sequence, --plots or --plot_price: it does"),
         (
             ["--ref_model_sync_steps", "5"],

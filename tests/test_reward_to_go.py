@@ -191,6 +191,18 @@ def test_gradient_after_an_update(enumerated, discount):  # noqa: F811
     torch.testing.assert_close(found, -t.gradient(earned(trainer, t, discount, FIXED)), atol=1e-6, rtol=0)
 
 
+def test_an_opening_is_credited_with_all_that_follows(enumerated):  # noqa: F811
+    """Of two tokens the first: what is left of a discount is nothing, and the gradient is that of a discount of 1."""
+    found = []
+    for discount, opening in ((0.3, 1), (0.3, 0), (1.0, 0)):
+        trainer = rewarded(enumerated(), FIXED)
+        seam_of(trainer).beta = 0.0
+        use_reward_to_go(trainer, discount, opening_tokens=opening)
+        found.append(trained_gradient(trainer, FIXED))
+    torch.testing.assert_close(found[0], found[2], atol=1e-6, rtol=0)
+    assert (found[1] - found[2]).abs().max() > 1e-3
+
+
 def test_one_prefix_is_stock(enumerated):  # noqa: F811
     trainer = rewarded(enumerated(), FIXED)
     use_reward_to_go(trainer, every_tokens=2)
@@ -318,6 +330,8 @@ def test_refusals(enumerated, grpo_enumerated):  # noqa: F811
         ({"discount": 1.5}, "reward_discount must be from 0 to 1, got 1.5"),
         ({"discount": math.nan}, "reward_discount must be from 0 to 1, got nan"),
         ({"every_tokens": 0}, "reward_prefix_tokens must be >= 1, got 0"),
+        ({"discount": 0.8, "opening_tokens": -1}, "reward_opening_tokens must be >= 0 and needs a reward_discount"),
+        ({"opening_tokens": 12}, "below 1, got 12: with 1 all tokens are credited so"),
     ]:
         with pytest.raises(ValueError, match=words):
             use_reward_to_go(trainer, **options)

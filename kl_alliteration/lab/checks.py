@@ -66,7 +66,7 @@ def check_penalty_options(args: OnlineArguments, training_args) -> None:
     if args.baseline == "none" and training_args.normalize_advantages:
         raise ValueError("baseline 'none' has no advantages to normalize: leave normalize_advantages out")
     if args.reward_discount is not None:
-        check_reward_to_go(training_args, args.reward_discount, args.reward_prefix_tokens)
+        check_reward_to_go(training_args, args.reward_discount, args.reward_prefix_tokens, args.reward_opening_tokens)
     if args.kl_to_go:
         check_credit_by_token(training_args, "kl_to_go")
         if not args.penalty.in_reward:

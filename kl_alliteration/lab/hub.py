@@ -73,6 +73,7 @@ def penalty_in_words(trainer, args: StoryArguments) -> str:
         words += f", moved by `{args.kl_controller}` to hold {args.target_kl_per_token:g} nats per token"
     if args.reward_discount is not None and any(map(scores_prefixes, trainer.reward_funcs)):
         words += f"; reward by token, discount {args.reward_discount:g}"
+        words += f" behind {args.reward_opening_tokens} tokens" if args.reward_opening_tokens else ""
     return words + ("; KL by token" if args.kl_to_go else "")
 
 

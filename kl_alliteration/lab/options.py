@@ -28,6 +28,7 @@ REFERENCES = ("start", "base", "loaded", "moving_average", "reset")
 NEEDS = {
     "kl_top_k": ("--kl_estimator top_k", lambda given: given.kl_estimator == "top_k"),
     "reward_prefix_tokens": ("--reward_discount", lambda given: given.reward_discount is not None),
+    "reward_opening_tokens": ("--reward_discount", lambda given: given.reward_discount is not None),
     "sampler_correction_cap": ("--sampler_correction", lambda given: given.sampler_correction != "none"),
     "sampler_divergence_threshold": ("--sampler_divergence_type", lambda given: given.sampler_divergence_type),
     "base_samples": (
@@ -239,6 +240,13 @@ class OnlineArguments(StoryArguments):
     )
     reward_prefix_tokens: int = field(
         default=1, metadata={"help": "With reward_discount: tokens from one prefix that is rewarded to the next."}
+    )
+    reward_opening_tokens: int = field(
+        default=0,
+        metadata={
+            "help": "With reward_discount: so many first tokens are credited with all of the reward that follows, "
+            "where they choose what a text is about."
+        },
     )
     kl_to_go: bool = field(
         default=False,

@@ -99,7 +99,7 @@ def add_instruments(trainer, args: OnlineArguments, model_name_or_path: str, bas
         leave_baseline_out(seam_of(trainer))
     pays_prefixes = any(map(scores_prefixes, trainer.reward_funcs))
     if args.reward_discount is not None and (pays_prefixes or args.target_kl_per_sequence is None):  # which brings it
-        use_reward_to_go(trainer, args.reward_discount, args.reward_prefix_tokens)
+        use_reward_to_go(trainer, args.reward_discount, args.reward_prefix_tokens, args.reward_opening_tokens)
     if args.kl_to_go:
         use_kl_to_go(trainer)
     exact = args.penalty.estimator == "exact"
