@@ -118,10 +118,10 @@ def use_reward_to_go(trainer, discount: float = 1.0, every_tokens: int = 1, open
         opening_tokens (`int`): Tokens of the beginning that no discount is for.
 
     Raises:
-        `ValueError`: for a discount outside of 0 and 1, `every_tokens` below 1, `opening_tokens` below 0 or with a
-            discount of 1, which they have, and options by which a completion has
-            one advantage: `normalize_advantages`; in GRPO sequence-level importance sampling, rewards that are
-            normalized one by one, the Liger kernel. And for a `reward_clip_range` over rewards of both kinds.
+        `ValueError`: for a discount outside of 0 and 1, `every_tokens` below 1, `opening_tokens` below 0 or beside a
+            discount of 1, a `reward_clip_range` over rewards of both kinds, and options by which a completion has one
+            advantage: `normalize_advantages`; in GRPO sequence-level importance sampling, rewards that are normalized
+            one by one, the Liger kernel.
     """
     check_reward_to_go(trainer.args, discount, every_tokens, opening_tokens)
     seam, asked = seam_of(trainer), [*map(scores_prefixes, trainer.reward_funcs)]

@@ -149,6 +149,15 @@ def test_a_target_is_credited_by_token(kind, words, expected):
     assert args.kl_budget_per_token is None and args.kl_opening_tokens == 0
 
 
+def test_a_target_has_no_opening_of_a_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("reward_discount: 0.8\nreward_opening_tokens: 12\n")
+    args = parsed("--config", "mine.yaml", "--target_kl_per_sequence", "6")[0]
+    assert (args.reward_discount, args.reward_opening_tokens) == (1.0, 0)
+    typed = "--reward_discount", "0.9", "--reward_opening_tokens", "8"
+    args = parsed("--config", "mine.yaml", "--target_kl_per_sequence", "6", *typed)[0]
+    assert (args.reward_discount, args.reward_opening_tokens) == (0.9, 8)
+
+
 def test_a_target_s_price_stands_beside_rewards():
     """GRPO's loss has them over their spread. What is typed stays; what is not becomes exact in both."""
     target = "--target_kl_per_sequence", "6"

@@ -42,7 +42,7 @@ JUDGED_BY = ("max_completion_length", "temperature")  # by `judge_run`, which kn
 # What a target on the command line sets or stands in place of, and what it is then: a file's do not count.
 SET_BY_TARGET = {"kl_budget_per_token": None, "kl_within_budget": 0.0, "kl_opening_tokens": 0, "kl_opening_price": 0.0}
 # And how its reward and KL are credited, where nothing wants one advantage of a text: the same objective, less noise.
-BY_TOKEN = {"reward_discount": 1.0, "kl_to_go": True}
+BY_TOKEN = {"reward_discount": 1.0, "reward_opening_tokens": 0, "kl_to_go": True}
 
 
 class RecipeParser(TrlParser):
