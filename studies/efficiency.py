@@ -27,10 +27,8 @@ ADAMW_LONG, SGD_LONG = LONG | {"learning_rate": 1.5e-4}, LONG | SGD | {"learning
 SGD_6 = SGD | {"kl_budget_per_token": 0.065, "beta": 4.0, "learning_rate": 0.07}
 SGD_12 = SGD | {"kl_budget_per_token": 0.13, "beta": 4.0, "learning_rate": 0.1}
 SGD_15 = SGD | {"kl_budget_per_token": 0.16, "beta": 4.0, "learning_rate": 0.1}
-OPENING = {
-    "reward_discount": 0.8,
-    "reward_opening_tokens": 12,
-}  # which choose the plot: all else is paid for what is near
+# The first tokens choose the plot, and are paid for all of it; the others for what is near.
+OPENING = {"reward_discount": 0.8, "reward_opening_tokens": 12}
 SETTINGS = {
     "sgd_6": SGD_6,
     "sgd_12": SGD_12,
